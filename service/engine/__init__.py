@@ -1,0 +1,1 @@
+"""What decodes: one quantized base, many adapters, one loop. Knows no HTTP and no metrics library."""

@@ -1,0 +1,162 @@
+"""A request on its way through the engine: what was asked, what has been computed. Knows no tensors."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended. The first two are OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen; the defaults are OpenAI's, the extra knobs vLLM's.
+
+    `top_k=0`, `min_p=0` and `top_p=1` switch the filter off; `temperature=0` is greedy.
+    `logprobs` is the number of alternatives reported beside each token; None reports none at all.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    include_stop_str_in_output: bool = False
+
+    @property
+    def has_penalties(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt to continue. `adapter` is a content digest; None asks the base."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    tenant: str
+    adapter: str | None = None
+    priority: int = 0
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token with its log-probability; `bytes` joins split UTF-8 characters again."""
+
+    token: str
+    token_id: int
+    logprob: float
+    bytes: tuple[int, ...]
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class OutputChunk:
+    """What became final since the last chunk. Only the last one carries a `finish_reason`."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None
+    finish_reason: FinishReason | None
+    num_prompt_tokens: int
+    num_output_tokens: int
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class SequenceReport:
+    """One finished sequence, for whoever observes the engine. Times in seconds."""
+
+    request_id: str
+    tenant: str
+    adapter: str | None
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    num_output_tokens: int
+    queue_seconds: float | None
+    ttft_seconds: float | None
+    e2e_seconds: float
+    inter_token_seconds: tuple[float, ...]
+
+
+class SequenceStatus(Enum):
+    """WAITING may hold a finished prefill: a preempted sequence waits to be replayed."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """The engine's record of a request: its tokens and how many of them have their KV in the cache.
+
+    Invariant: `num_computed <= len(tokens)`; the sequence samples only when one token is left to compute.
+    A preempted sequence starts again at `num_computed = 0`: its prompt is prefilled on the same chunk grid
+    and its output tokens are decoded one by one again, so its KV gets the same bits as before.
+    """
+
+    request: GenerationRequest
+    max_tokens: int
+    arrival: float = field(default_factory=time.monotonic)
+    status: SequenceStatus = SequenceStatus.WAITING
+    output_token_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_preemptions: int = 0
+    first_scheduled: float | None = None
+    token_times: list[float] = field(default_factory=list)
+    prompt_counts: Counter[int] | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def is_prefill(self) -> bool:
+        return self.num_computed < self.num_prompt_tokens
+
+    @property
+    def samples_next(self) -> bool:
+        """Whether computing one more token yields a new one (and not one replayed after preemption)."""
+        return self.num_computed == self.num_tokens - 1
+
+    def token_at(self, position: int) -> int:
+        prompt = self.request.prompt_token_ids
+        return prompt[position] if position < len(prompt) else self.output_token_ids[position - len(prompt)]
+
+    def report(self, reason: FinishReason, now: float) -> SequenceReport:
+        times = self.token_times
+        return SequenceReport(
+            request_id=self.request.request_id,
+            tenant=self.request.tenant,
+            adapter=self.request.adapter,
+            finish_reason=reason,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_output_tokens=len(self.output_token_ids),
+            queue_seconds=None if self.first_scheduled is None else self.first_scheduled - self.arrival,
+            ttft_seconds=times[0] - self.arrival if times else None,
+            e2e_seconds=now - self.arrival,
+            inter_token_seconds=tuple(b - a for a, b in zip(times, times[1:], strict=False)),
+        )
