@@ -1,0 +1,151 @@
+"""Every setting, documented once, where it is defined. Knows how to read them, not what they do.
+
+Each field is `--field-name` of `rootstock serve` and `ROOTSTOCK_FIELD_NAME` in the environment;
+the flag wins.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import ByteSize, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "ROOTSTOCK_"
+CLIENT_VARIABLES = frozenset({"ROOTSTOCK_URL", "ROOTSTOCK_API_KEY"})
+"""Read by the client commands of the command line, not by the service."""
+
+TEST_PREFIX = "ROOTSTOCK_TEST_"
+"""Read by the tests."""
+
+BUNDLED_BASE = Path(__file__).resolve().parent.parent / "bases" / "tiny"
+
+MIB = 1024 * 1024
+
+
+class SettingsError(Exception):
+    """A setting is wrong or unknown; the message names each one and the way out."""
+
+
+class Settings(BaseSettings):
+    """What the operator chose. Frozen: nothing changes a setting while the service runs."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+
+    host: str = Field("127.0.0.1", description="Address both ports listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port of the API; 0 takes a free one.")
+    ops_port: int = Field(
+        9400, ge=0, le=65535, description="Port of /metrics, /livez and /readyz, for the cluster only."
+    )
+    admin_key: SecretStr | None = Field(
+        None, description="Bearer key of /v1/admin; unset, one is made and printed once at start."
+    )
+
+    base: str = Field(str(BUNDLED_BASE), description="Base model: a local directory or a hub id.")
+    base_name: str | None = Field(
+        None, description="Model id clients see for the base; unset, the base decides."
+    )
+    quantization: Literal["nf4", "int8", "none"] = Field("nf4", description="How the base is held in memory.")
+    device: str | None = Field(None, description="cpu, cuda, cuda:1 …; unset, CUDA when there is one.")
+    max_model_len: int | None = Field(
+        None, ge=16, description="Longest prompt + answer in tokens; unset, the base's own limit."
+    )
+
+    data_dir: Path = Field(Path("rootstock-data"), description="Where database, files and adapters live.")
+    database_url: str | None = Field(
+        None, description="SQLAlchemy URL (SQLite or Postgres); unset, SQLite in the data directory."
+    )
+    storage_url: str | None = Field(
+        None, description="fsspec URL of files and adapters; unset, a folder of the data directory."
+    )
+
+    max_num_seqs: int = Field(32, ge=1, description="Sequences decoded together.")
+    max_num_batched_tokens: int = Field(512, ge=1, description="Tokens of one engine step, prefill included.")
+    prefill_chunk: int = Field(128, ge=1, description="Tokens of one prompt computed in one step.")
+    kv_cache_bytes: ByteSize = Field(
+        ByteSize(512 * MIB), ge=MIB, description="Memory for keys and values, e.g. 512MiB."
+    )
+    max_lora_slots: int = Field(32, ge=1, description="Adapters resident on the device at once.")
+    max_lora_rank: int = Field(64, ge=1, le=1024, description="Largest adapter rank accepted.")
+    max_waiting: int = Field(1024, ge=1, description="Requests that may wait before new ones get a 503.")
+
+    training: bool = Field(True, description="Run fine-tuning jobs in this process.")
+    lease_seconds: float = Field(
+        30.0, ge=1.0, le=3600.0, description="A job whose worker is silent for so long may be claimed again."
+    )
+
+    max_body_bytes: ByteSize = Field(ByteSize(8 * MIB), ge=1024, description="Largest JSON request body.")
+    max_file_bytes: ByteSize = Field(ByteSize(512 * MIB), ge=1024, description="Largest uploaded file.")
+    drain_seconds: float = Field(
+        30.0, ge=0.0, le=3600.0, description="How long running answers may take to finish after SIGTERM."
+    )
+    stall_seconds: float = Field(
+        60.0, ge=1.0, description="/livez fails when there is work but no engine step for so long."
+    )
+    router_aliases: bool = Field(
+        False, description="Also export the vllm:* names that inference routers scrape."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
+    log_format: Literal["text", "json"] = Field("text", description="Log lines for people or for machines.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.prefill_chunk > self.max_num_batched_tokens:
+            raise ValueError("prefill_chunk may not exceed max_num_batched_tokens")
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            raise ValueError("max_num_seqs may not exceed max_num_batched_tokens: each sequence needs one")
+        if self.port == self.ops_port and self.port != 0:
+            raise ValueError("port and ops_port must differ")
+        return self
+
+    @property
+    def resolved_database_url(self) -> str:
+        """The database URL with the default filled in."""
+        return self.database_url or f"sqlite:///{self.data_dir.resolve() / 'rootstock.db'}"
+
+    @property
+    def resolved_storage_url(self) -> str:
+        """The storage URL with the default filled in."""
+        return self.storage_url or str(self.data_dir.resolve() / "storage")
+
+
+def load_settings(
+    overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
+) -> Settings:
+    """Settings from the environment, `overrides` winning. Raises SettingsError naming what is wrong."""
+    unknown = _unknown_variables(os.environ if environ is None else environ)
+    if unknown:
+        raise SettingsError("\n".join(unknown))
+    try:
+        return Settings(**(overrides or {}))
+    except ValidationError as error:
+        raise SettingsError("\n".join(_complaints(error))) from None
+
+
+def _complaints(error: ValidationError) -> list[str]:
+    lines = []
+    for item in error.errors(include_input=False, include_url=False):
+        name = "_".join(str(part) for part in item["loc"])
+        where = f"--{name.replace('_', '-')} ({PREFIX}{name.upper()}): " if name else ""
+        lines.append(where + item["msg"].removeprefix("Value error, "))
+    return lines
+
+
+def _unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    lines = []
+    for name in sorted(environ):
+        if not name.upper().startswith(PREFIX) or name.upper().startswith(TEST_PREFIX):
+            continue
+        if name.upper() in known | CLIENT_VARIABLES:
+            continue
+        close = get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else "see `rootstock serve --help`"
+        if "_TCP" in name or "_SERVICE_" in name:
+            hint = "Kubernetes made it for a Service; set enableServiceLinks: false in the pod"
+        lines.append(f"{name} is not a setting: {hint}")
+    return lines
