@@ -1,0 +1,185 @@
+"""What a fine-tuning job is: what was asked, how far it got. Knows no SQL, no HTTP and no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+Auto = Literal["auto"]
+
+
+class JobStatus(StrEnum):
+    """OpenAI's words. VALIDATING_FILES is shown until the worker has read the files; it is never stored."""
+
+    VALIDATING_FILES = "validating_files"
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        return self in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
+
+
+class Directive(StrEnum):
+    """What the worker should do next, as a heartbeat answers it."""
+
+    CONTINUE = "continue"
+    PAUSE = "pause"
+    CANCEL = "cancel"
+
+
+class EventLevel(StrEnum):
+    INFO = "info"
+    WARN = "warn"
+    ERROR = "error"
+
+
+class EventType(StrEnum):
+    MESSAGE = "message"
+    METRICS = "metrics"
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """As requested; "auto" is kept, for the worker to resolve. The first three are OpenAI's.
+
+    `eval_every` counts optimizer steps; `early_stopping_patience` counts evaluations without progress
+    (None: never stop early). `learning_rate` and `learning_rate_multiplier` exclude each other.
+    """
+
+    n_epochs: int | Auto = "auto"
+    batch_size: int | Auto = "auto"
+    learning_rate_multiplier: float | Auto = "auto"
+    learning_rate: float | Auto = "auto"
+    lora_r: int | Auto = "auto"
+    lora_alpha: float | Auto = "auto"
+    lora_dropout: float | Auto = "auto"
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    use_rslora: bool = False
+    eval_every: int | Auto = "auto"
+    early_stopping_patience: int | Auto | None = "auto"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Hyperparameters:
+        modules = values.get("target_modules", "all-linear")
+        return cls(**{**values, "target_modules": modules if isinstance(modules, str) else tuple(modules)})
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """What was asked for. `model` is the id as requested; `parent_digest` the adapter it resolved to, if any.
+
+    `alias` (an extension) names the alias that moves to the new version in the transaction that succeeds.
+    """
+
+    model: str
+    base_model: str
+    training_file: str
+    seed: int
+    validation_file: str | None = None
+    parent_digest: str | None = None
+    suffix: str | None = None
+    method: Literal["supervised"] = "supervised"
+    hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
+    metadata: Mapping[str, str] | None = None
+    alias: str | None = None
+
+
+@dataclass(frozen=True)
+class JobError:
+    """Why a job failed; OpenAI's three fields."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row. Times are unix seconds by the database's clock.
+
+    `resolved` holds the hyperparameters that replaced "auto"; `resume_point` is the worker's own opaque
+    reference to its last resumable training state (see `JobQueue.save_resume_point`).
+    """
+
+    id: str
+    tenant_id: str
+    tenant_name: str
+    spec: JobSpec
+    state: JobStatus
+    files_validated: bool
+    paused: bool
+    attempt: int
+    created_at: float
+    finished_at: float | None = None
+    estimated_finish: float | None = None
+    trained_tokens: int | None = None
+    resolved: Mapping[str, Any] | None = None
+    fine_tuned_model: str | None = None
+    result_files: tuple[str, ...] = ()
+    error: JobError | None = None
+    resume_point: str | None = None
+
+    @property
+    def status(self) -> JobStatus:
+        """What a client sees: a paused job reads "queued", an unread file "validating_files"."""
+        if self.state.final:
+            return self.state
+        if not self.files_validated and not self.paused:
+            return JobStatus.VALIDATING_FILES
+        return JobStatus.QUEUED if self.paused else self.state
+
+    @property
+    def model_id(self) -> str:
+        """The id that the fine-tuned model gets: `ft:{base}:{tenant}:{suffix}:{job short id}`."""
+        short = self.id.removeprefix("ftjob-")[:8]
+        return f"ft:{self.spec.base_model}:{self.tenant_name}:{self.spec.suffix or ''}:{short}"
+
+    def checkpoint_model_id(self, step: int) -> str:
+        return f"{self.model_id}:ckpt-step-{step}"
+
+
+@dataclass(frozen=True)
+class Event:
+    id: str
+    job_id: str
+    created_at: float
+    level: EventLevel
+    type: EventType
+    message: str
+    data: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A servable snapshot: `model_id` is `…:ckpt-step-N`, `digest` its adapter in the store."""
+
+    id: str
+    job_id: str
+    created_at: float
+    step: int
+    model_id: str
+    digest: str
+    metrics: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A worker's right to a job: valid while the row still carries this `attempt` and runs.
+
+    `job` is the row at claim time: `job.files_validated` says whether validation is done,
+    `job.resume_point` where to resume.
+    """
+
+    job: Job
+    attempt: int
+    worker: str
+    lease_seconds: float
