@@ -1,0 +1,45 @@
+"""What every route may use, wired once by `service.app`. Builds nothing itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from fastapi import Depends, Request
+from pydantic import SecretStr
+
+if TYPE_CHECKING:
+    from adapters.store import AdapterStore
+    from service.config import Settings
+    from service.engine.base_model import BaseModel
+    from service.engine.engine import Engine
+    from service.files import Files
+    from service.jobs import Jobs
+    from service.metrics import Metrics
+    from service.registry import Registry
+    from service.tenants import Tenants
+
+
+@dataclass(frozen=True)
+class Services:
+    """The collaborators of the routes. The tests put fakes in these places."""
+
+    settings: Settings
+    admin_key: SecretStr
+    base: BaseModel
+    engine: Engine
+    metrics: Metrics
+    tenants: Tenants
+    files: Files
+    jobs: Jobs
+    registry: Registry
+    store: AdapterStore
+
+
+def _of_request(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+ServicesDep = Annotated[Services, Depends(_of_request)]
+"""`def route(services: ServicesDep)`: the collaborators of the app that answers."""
