@@ -58,7 +58,9 @@ class SlotTable:
     Ranks below `r` are padded with zeros, and so are parts and slots that an adapter does not touch.
     """
 
-    def __init__(self, site: BatchedLoraLinear, num_slots: int, r: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, site: BatchedLoraLinear, num_slots: int, r: int, dtype: torch.dtype, device: torch.device
+    ):
         self.r = r
         self.part_names = [part.name for part in site.parts]
         self.a = torch.zeros(num_slots, len(site.parts) * r, site.in_features, dtype=dtype, device=device)
@@ -85,7 +87,9 @@ class SlotTable:
 class BatchedLoraLinear(nn.Module):
     """A frozen linear layer, or several fused ones, plus whatever LoRA the calling thread's routing adds."""
 
-    def __init__(self, base: nn.Module, in_features: int, parts: tuple[LoraPart, ...], is_head: bool = False) -> None:
+    def __init__(
+        self, base: nn.Module, in_features: int, parts: tuple[LoraPart, ...], is_head: bool = False
+    ) -> None:
         super().__init__()
         self.base = base
         self.in_features = in_features

@@ -76,8 +76,13 @@ class TrainRouting:
         factors = [self.adapter.a[name] for _, name in adapted]
         h = x @ (factors[0] if len(factors) == 1 else torch.cat(factors)).T
         slices = h.split([a.shape[0] for a in factors], dim=-1)
-        deltas = {i: (s @ self.adapter.b[n].T) * spec.scaling_of(n) for (i, n), s in zip(adapted, slices, strict=True)}
+        deltas = {
+            i: (s @ self.adapter.b[n].T) * spec.scaling_of(n)
+            for (i, n), s in zip(adapted, slices, strict=True)
+        }
         if len(site.parts) == 1:
             return y + deltas[0].to(y.dtype)
         pieces = [y[..., start:stop] for start, stop in site.spans]
-        return torch.cat([p + deltas[i].to(y.dtype) if i in deltas else p for i, p in enumerate(pieces)], dim=-1)
+        return torch.cat(
+            [p + deltas[i].to(y.dtype) if i in deltas else p for i, p in enumerate(pieces)], dim=-1
+        )
