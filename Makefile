@@ -1,0 +1,66 @@
+# Rootstock's commands; `make help` lists them. A target that needs the environment makes it first.
+
+# The first of these that is Python 3.11 or newer; override with `make PYTHON=…`.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo serve check lint fast test bench bench-quick lock fmt examples clean
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## make .venv with every pinned package and the `rootstock` command
+
+$(STAMP): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Rootstock needs Python 3.11 or newer: make PYTHON=/path/to/python3 install"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: install  ## the whole story in four minutes: three tenants, three adapters, one base
+	$(BIN)/python -m tools.demo
+
+serve: install  ## leave the service running on the bundled base (API on 8000, metrics on 9400)
+	$(BIN)/rootstock serve
+
+check: lint fast  ## what a commit must pass, in two minutes: linters, types, import contract, fast tests
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+fast: install
+	$(BIN)/pytest -m "not slow"
+
+test: lint  ## everything: linters, types, import contract and all tests
+	$(BIN)/pytest
+
+bench: install  ## the full benchmark, as ratios, into bench/results/
+	$(BIN)/python -m bench
+
+bench-quick: install  ## the same benchmark with small sizes, to see that it runs
+	$(BIN)/python -m bench --quick
+
+lock: install  ## pin again after pyproject.toml changed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[dev,postgres,s3]'
+	$(BIN)/python tools/lock.py
+	@touch $(STAMP)
+
+fmt: install  ## format the code and mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+examples: install  ## make examples/*/*.jsonl again
+	$(BIN)/python -m examples.make_examples
+
+clean:  ## remove caches and builds; the environment and the data stay
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
