@@ -28,6 +28,7 @@ from adapters.errors import (
     StoreError,
     TrainingError,
 )
+from service.engine.errors import EngineDeadError, EngineError, QueueFullError, RequestRejectedError
 
 INTERNAL_ERROR_MESSAGE = "The server had an error while processing your request."
 
@@ -116,6 +117,10 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     StoreError: (503, "service_unavailable_error"),
     TrainingError: (500, "server_error"),
     AdapterError: (500, "server_error"),
+    RequestRejectedError: (400, "invalid_request_error"),
+    QueueFullError: (503, "service_unavailable_error"),
+    EngineDeadError: (503, "service_unavailable_error"),
+    EngineError: (500, "server_error"),
     ServiceError: (500, "server_error"),
 }
 """Exception -> (HTTP status, OpenAI error type); the nearest ancestor in the table decides."""

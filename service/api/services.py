@@ -36,7 +36,7 @@ class Services:
     store: AdapterStore
 
 
-def _of_request(request: Request) -> Services:
+async def _of_request(request: Request) -> Services:
     services: Services = request.app.state.services
     return services
 

@@ -1,0 +1,117 @@
+"""What surrounds every request: its id, its size limit, one log line, and no traceback. Knows no route."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.errors import error_response
+from service.errors import TooLargeError
+
+log = structlog.get_logger("service.http")
+
+_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+
+UPLOAD_PATH = "/v1/files"
+MULTIPART_OVERHEAD_BYTES = 64 * 1024
+"""Boundaries and form fields around an uploaded file."""
+
+
+class RequestMiddleware:
+    """Outermost of the API app: sets `request.state.request_id` and `.trace_id`, answers `x-request-id`.
+
+    A body over its limit is a 413, an exception nobody expected a 500; both in OpenAI's shape.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, max_file_bytes: int) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+        self._max_upload_bytes = max_file_bytes + MULTIPART_OVERHEAD_BYTES
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = _Exchange(scope, receive, send, self._limit(scope))
+        try:
+            exchange.check_declared_size()
+            await self._app(scope, exchange.receive, exchange.send)
+        except TooLargeError as error:
+            await error_response(error)(scope, receive, exchange.send)
+        except Exception:
+            log.exception("request_failed", request_id=exchange.request_id, path=scope["path"])
+            if exchange.status is None:
+                await error_response(RuntimeError())(scope, receive, exchange.send)
+        finally:
+            exchange.log()
+
+    def _limit(self, scope: Scope) -> int:
+        uploads = scope["method"] == "POST" and scope["path"] == UPLOAD_PATH
+        return self._max_upload_bytes if uploads else self._max_body_bytes
+
+
+class _Exchange:
+    """One request and its answer, seen from the outside."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, max_bytes: int) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self._max_bytes, self._num_bytes = max_bytes, 0
+        self._start = time.perf_counter()
+        self._headers = Headers(scope=scope)
+        self.status: int | None = None
+        self.request_id = _request_id(self._headers.get("x-request-id"))
+        state = scope.setdefault("state", {})
+        state["request_id"] = self.request_id
+        state["trace_id"] = _trace_id(self._headers.get("traceparent"))
+
+    def check_declared_size(self) -> None:
+        """Refuse before reading. Raises TooLargeError."""
+        declared = self._headers.get("content-length", "")
+        if declared.isdecimal():
+            self._check(int(declared))
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._num_bytes += len(message.get("body", b""))
+            self._check(self._num_bytes)
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            MutableHeaders(scope=message)["x-request-id"] = self.request_id
+        await self._send(message)
+
+    def log(self) -> None:
+        log.info(
+            "request",
+            request_id=self.request_id,
+            method=self._scope["method"],
+            path=self._scope["path"],
+            status=self.status,
+            tenant=self._scope["state"].get("tenant_id"),
+            seconds=round(time.perf_counter() - self._start, 4),
+        )
+
+    def _check(self, num_bytes: int) -> None:
+        if num_bytes > self._max_bytes:
+            raise TooLargeError(f"The request body is over the limit of {self._max_bytes} bytes.")
+
+
+def _request_id(sent: str | None) -> str:
+    if sent is not None and _SANE_REQUEST_ID.fullmatch(sent):
+        return sent
+    return f"req_{uuid.uuid4().hex}"
+
+
+def _trace_id(traceparent: str | None) -> str:
+    """The caller's W3C trace id, or a new one."""
+    match = _TRACEPARENT.fullmatch(traceparent or "")
+    return match.group(1) if match else uuid.uuid4().hex

@@ -1,0 +1,42 @@
+"""What the engine raises instead of an answer. Knows no HTTP status: `service.errors` chooses that.
+
+EngineError
+├── RequestRejectedError   the request can never run (too long, unknown adapter, …); `code`, `param`
+├── QueueFullError         too many wait already; try again after `retry_after` seconds
+└── EngineDeadError        the loop has stopped; nothing will run any more
+"""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Base of them all. The message may be shown to the client."""
+
+    code: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class RequestRejectedError(EngineError):
+    """The request can never run, whatever the load."""
+
+
+class QueueFullError(EngineError):
+    """`max_waiting` requests wait already."""
+
+    code = "engine_overloaded"
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class EngineDeadError(EngineError):
+    """The engine's thread has ended, or is ending."""
+
+    code = "engine_unavailable"
