@@ -1,0 +1,213 @@
+"""Training examples as tenants write them: JSONL of chats or of completions. Knows no tokens and no model.
+
+Chat: `{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…", "weight": 1}]}`.
+Completion: `{"prompt": "…", "completion": "…"}`. A file holds one kind. It is read as a stream, line by line, and
+every complaint names its line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from adapters.errors import DatasetError
+
+MIN_EXAMPLES = 10
+MAX_LINE_BYTES = 8 * 1024 * 1024
+MAX_COMPLAINTS = 20
+
+ROLES = ("system", "user", "assistant", "tool")
+_MESSAGE_KEYS = {"role", "content", "weight"}
+
+
+@dataclass(frozen=True)
+class Message:
+    role: str
+    content: str
+    trained: bool = False
+    """True for the assistant's messages, unless their `weight` is 0."""
+
+    def as_dict(self) -> dict[str, str]:
+        """As a chat template takes it."""
+        return {"role": self.role, "content": self.content}
+
+
+@dataclass(frozen=True)
+class ChatExample:
+    line: int
+    messages: tuple[Message, ...]
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """Everything before the last answer."""
+        return self.messages[:-1]
+
+    @property
+    def answer(self) -> str:
+        return self.messages[-1].content
+
+
+@dataclass(frozen=True)
+class CompletionExample:
+    line: int
+    prompt: str
+    completion: str
+
+    @property
+    def answer(self) -> str:
+        return self.completion
+
+
+Example = ChatExample | CompletionExample
+
+
+def read_examples(
+    stream: BinaryIO, *, minimum: int = MIN_EXAMPLES, param: str = "training_file"
+) -> Iterator[Example]:
+    """Yield the examples of a JSONL stream. Holds one line at a time.
+
+    Raises:
+        DatasetError: at the end, listing up to 20 bad lines; `invalid_n_examples` when there are too few.
+            After the first bad line nothing more is yielded, the rest is only checked.
+    """
+    complaints = Complaints(param)
+    kind: type[Example] | None = None
+    num_examples = 0
+    for line, raw in _lines(stream):
+        try:
+            example = _parse(line, raw)
+            if kind is not None and not isinstance(example, kind):
+                raise ValueError("chat examples and completion examples are mixed in one file")
+        except (ValueError, RecursionError) as error:
+            complaints.add(line, str(error))
+            continue
+        kind = type(example)
+        num_examples += 1
+        if not complaints.lines:
+            yield example
+    complaints.raise_any()
+    if num_examples < minimum:
+        noun = "example" if num_examples == 1 else "examples"
+        raise DatasetError(
+            f"the file has {num_examples} {noun}, at least {minimum} are needed",
+            code="invalid_n_examples",
+            param=param,
+        )
+
+
+def examples_at(stream: BinaryIO, lines: Collection[int]) -> list[Example]:
+    """The examples on these lines (1-based) of a stream that has been validated before."""
+    wanted = set(lines)
+    return [_parse(line, raw) for line, raw in _lines(stream) if line in wanted]
+
+
+class Complaints:
+    """What is wrong with a file, line by line; becomes one error."""
+
+    def __init__(self, param: str) -> None:
+        self.param = param
+        self.lines: list[tuple[int, str]] = []
+        self.num_more = 0
+
+    def add(self, line: int, message: str) -> None:
+        if len(self.lines) < MAX_COMPLAINTS:
+            self.lines.append((line, message))
+        else:
+            self.num_more += 1
+
+    def raise_any(self) -> None:
+        """Raise a DatasetError about the first line that also lists the others; do nothing without complaints."""
+        if not self.lines:
+            return
+        (line, message), *others = self.lines
+        parts = [message, *(f"line {number}: {text}" for number, text in others)]
+        if self.num_more:
+            parts.append(f"and {self.num_more} more lines")
+        raise DatasetError("; ".join(parts), line=line, param=self.param)
+
+
+def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines that are not blank. A line over MAX_LINE_BYTES comes shortened to one byte more than that."""
+    number = 0
+    while raw := stream.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if number == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        if len(raw) > MAX_LINE_BYTES:
+            rest = raw
+            while rest and not rest.endswith(b"\n"):
+                rest = stream.readline(MAX_LINE_BYTES)
+        if raw.strip():
+            yield number, raw
+
+
+def _parse(line: int, raw: bytes) -> Example:
+    """One line as an example. Raises ValueError saying what is wrong with it."""
+    if len(raw) > MAX_LINE_BYTES:
+        raise ValueError(f"longer than {MAX_LINE_BYTES // (1024 * 1024)} MiB")
+    try:
+        value = json.loads(raw)
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(value, dict):
+        raise ValueError("must be a JSON object with 'messages', or with 'prompt' and 'completion'")
+    if "messages" in value:
+        _refuse_unknown(value, {"messages"}, "")
+        return ChatExample(line, _messages(value["messages"]))
+    if "prompt" in value or "completion" in value:
+        _refuse_unknown(value, {"prompt", "completion"}, "")
+        return CompletionExample(line, _text(value, "prompt", ""), _text(value, "completion", ""))
+    raise ValueError("must have 'messages', or 'prompt' and 'completion'")
+
+
+def _messages(value: Any) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError("'messages' must be a list of messages")
+    messages = tuple(_message(item, f"messages[{index}]: ") for index, item in enumerate(value))
+    if messages[-1].role != "assistant":
+        raise ValueError("last message must be from 'assistant'")
+    if messages[0].role == "assistant":
+        raise ValueError("first message must not be from 'assistant': there is nothing to answer")
+    if not any(message.trained for message in messages):
+        raise ValueError("every assistant message has weight 0: there is nothing to learn")
+    return messages
+
+
+def _message(value: Any, where: str) -> Message:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}must be an object with 'role' and 'content'")
+    _refuse_unknown(value, _MESSAGE_KEYS, where)
+    role = value.get("role")
+    if role not in ROLES:
+        raise ValueError(f"{where}'role' must be one of {', '.join(map(repr, ROLES))}")
+    weight = value.get("weight", 1)
+    if "weight" in value and role != "assistant":
+        raise ValueError(f"{where}'weight' belongs to messages from 'assistant' only")
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise ValueError(f"{where}'weight' must be 0 or 1")
+    return Message(role, _text(value, "content", where), trained=role == "assistant" and weight == 1)
+
+
+def _text(value: dict[str, Any], key: str, where: str) -> str:
+    if key not in value:
+        raise ValueError(f"{where}{key!r} is missing")
+    text = value[key]
+    if not isinstance(text, str):
+        raise ValueError(f"{where}{key!r} must be a string")
+    if not text.strip():
+        raise ValueError(f"{where}{key!r} is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}{key!r} holds half of a surrogate pair, which is no text") from None
+    return text
+
+
+def _refuse_unknown(value: dict[str, Any], known: set[str], where: str) -> None:
+    unknown = sorted(map(str, value.keys() - known))
+    if unknown:
+        raise ValueError(f"{where}unknown key {unknown[0]!r} (known: {', '.join(sorted(known))})")
