@@ -92,6 +92,13 @@ class JobSpec:
     metadata: Mapping[str, str] | None = None
     alias: str | None = None
 
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> JobSpec:
+        return cls(**{**values, "hyperparameters": Hyperparameters.from_dict(values["hyperparameters"])})
+
 
 @dataclass(frozen=True)
 class JobError:

@@ -2,32 +2,38 @@
 
 Every write is fenced: it touches the row only `WHERE id = ? AND attempt = ? AND state = 'running'`, and renews
 the lease. Zero rows raise `FencedWriteError`: somebody else owns the job now, stop at once. When the reason is
-that the client cancelled it (or deleted its tenant), the error is a `JobCancelledError`, which is not counted.
+that the client cancelled it (or the tenant is gone), the error is a `JobCancelledError`, which is not counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
-from service.database import Database
-from service.files import StagedFile
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from service.aliases import MoveKind, move_alias
+from service.database import Database, adapter_versions, epoch_now, jobs, lock_tenant, new_id
+from service.errors import NotFoundError
+from service.files import StagedFile, insert_file
 from service.job import Claim, Directive, EventLevel, EventType, JobStatus
+from service.job_rows import ending, insert_event, job_of, select_jobs
+from service.jobs import JobObserver
+from service.versions import AdapterVersion, insert_version
 
 
 class FencedWriteError(Exception):
     """The claim is no longer valid: the lease ran out and another worker took the job."""
 
 
-class JobCancelledError(FencedWriteError):
-    """The claim is no longer valid because the job was cancelled; nothing is wrong."""
+class ClaimEndedError(FencedWriteError):
+    """The claim was ended on purpose, by this worker or by the client; nothing is wrong, and nothing counted."""
 
 
-class JobObserver(Protocol):
-    """Who counts. Called after the transaction that it reports."""
-
-    def job_entered(self, state: JobStatus) -> None: ...
-    def write_fenced(self) -> None: ...
+class JobCancelledError(ClaimEndedError):
+    """The client cancelled the job, or the tenant is gone."""
 
 
 class JobQueue:
@@ -39,22 +45,46 @@ class JobQueue:
         max_lost_leases: int = 3,
         observer: JobObserver | None = None,
     ) -> None:
-        """A job whose worker vanished more than `max_lost_leases` times fails with code `worker_lost`."""
-        raise NotImplementedError
+        """A job whose workers vanish more than `max_lost_leases` times without a new resume point fails with
+        `worker_lost`: it may be what kills them."""
+        self._database = database
+        self._lease_seconds = lease_seconds
+        self._max_lost_leases = max_lost_leases
+        self._observer = observer
 
     def claim(self, worker: str) -> Claim | None:
         """The oldest job that is queued and not paused, or whose lease has run out; attempt is raised."""
-        raise NotImplementedError
+        entered: list[JobStatus] = []
+        with self._database.begin() as connection:
+            while (row := _next_claimable(connection)) is not None:
+                num_lost = row.num_lost_leases + (row.state == JobStatus.RUNNING)
+                if num_lost <= self._max_lost_leases:
+                    break
+                _give_up(connection, row.id, num_lost)
+                entered.append(JobStatus.FAILED)
+            if row is not None:
+                self._take(connection, row, worker, num_lost)
+                job = job_of(connection.execute(select_jobs().where(jobs.c.id == row.id)).one())
+                entered.append(JobStatus.RUNNING)
+        self._report(*entered)
+        return None if row is None else Claim(job, job.attempt, worker, self._lease_seconds)
 
     def heartbeat(self, claim: Claim) -> Directive:
         """Renew the lease. CANCEL: stop, write nothing. PAUSE: save a resume point and `release`.
 
-        Raises FencedWriteError when another worker has the job."""
-        raise NotImplementedError
+        A claim that this worker itself has ended answers CANCEL as well (the heartbeat came late). Raises
+        FencedWriteError when another worker has the job.
+        """
+        try:
+            with self._fenced(claim) as (_, paused):
+                return Directive.PAUSE if paused else Directive.CONTINUE
+        except ClaimEndedError:
+            return Directive.CANCEL
 
     def files_validated(self, claim: Claim) -> None:
         """The files are fine: the job leaves `validating_files`. The claim goes on."""
-        raise NotImplementedError
+        with self._fenced(claim, files_validated=True) as (connection, _):
+            insert_event(connection, claim.job.id, "Files validated, moving job to queued state")
 
     def event(
         self,
@@ -65,7 +95,8 @@ class JobQueue:
         type: EventType = EventType.MESSAGE,
         data: Mapping[str, Any] | None = None,
     ) -> None:
-        raise NotImplementedError
+        with self._fenced(claim) as (connection, _):
+            insert_event(connection, claim.job.id, message, level=level, type=type, data=data)
 
     def progress(
         self,
@@ -75,24 +106,47 @@ class JobQueue:
         estimated_finish: float | None = None,
         resolved: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write what is known by now; None leaves a column as it is. `estimated_finish` is unix seconds."""
-        raise NotImplementedError
+        """Write what is known by now; None leaves a column as it is. `estimated_finish` is unix seconds;
+        `resolved` the hyperparameters that stand for "auto" (and any that a client may see)."""
+        known = {"trained_tokens": trained_tokens, "estimated_finish": estimated_finish}
+        values: dict[str, Any] = {name: value for name, value in known.items() if value is not None}
+        if resolved is not None:
+            values["resolved"] = dict(resolved)
+        with self._fenced(claim, **values):
+            pass
 
-    def checkpoint(self, claim: Claim, *, step: int, digest: str, base_fingerprint: str,
-                   metrics: Mapping[str, float | None]) -> None:
+    def checkpoint(
+        self,
+        claim: Claim,
+        *,
+        step: int,
+        digest: str,
+        base_fingerprint: str,
+        metrics: Mapping[str, float | None],
+    ) -> None:
         """List a servable snapshot under `…:ckpt-step-{step}`. The same step again replaces the row."""
-        raise NotImplementedError
+        model_id = claim.job.checkpoint_model_id(step)
+        with self._fenced(claim) as (connection, _):
+            connection.execute(adapter_versions.delete().where(adapter_versions.c.id == model_id))
+            version = _version(claim, model_id, digest, base_fingerprint, metrics, step)
+            insert_version(connection, version, checkpoint_id=new_id("ftckpt"))
 
     def save_resume_point(self, claim: Claim, reference: str) -> None:
         """Remember where the training state lies (durably written before this call)."""
-        raise NotImplementedError
+        with self._fenced(claim, resume_point=reference, num_lost_leases=0):
+            pass
 
     def release(self, claim: Claim) -> None:
         """Give the job back, unfinished: paused by the client, or this worker shuts down."""
-        raise NotImplementedError
+        with self._fenced(claim, state=JobStatus.QUEUED, worker=None, lease_expires_at=None):
+            pass
+        self._report(JobStatus.QUEUED)
 
     def fail(self, claim: Claim, *, code: str, message: str, param: str | None = None) -> None:
-        raise NotImplementedError
+        error = {"code": code, "message": message, "param": param}
+        with self._fenced(claim, **ending(JobStatus.FAILED, error=error)) as (connection, _):
+            insert_event(connection, claim.job.id, message, level=EventLevel.ERROR, data=error)
+        self._report(JobStatus.FAILED)
 
     def succeed(
         self,
@@ -106,9 +160,134 @@ class JobQueue:
     ) -> str:
         """ONE transaction: result files, adapter version, the alias the spec names, and the job row.
 
-        Returns the fine-tuned model's id (`claim.job.model_id`)."""
-        raise NotImplementedError
+        Returns the fine-tuned model's id (`claim.job.model_id`). `digest` is durable in the store already.
+        """
+        job, model_id = claim.job, claim.job.model_id
+        ended = ending(
+            JobStatus.SUCCEEDED,
+            files_validated=True,
+            fine_tuned_model=model_id,
+            trained_tokens=trained_tokens,
+            result_files=[file.id for file in result_files],
+        )
+        with self._fenced(claim, locks_tenant=True, **ended) as (connection, _):
+            for file in result_files:
+                insert_file(connection, file)
+            insert_version(connection, _version(claim, model_id, digest, base_fingerprint, metrics, None))
+            if job.spec.alias is not None:
+                move_alias(connection, job.tenant_id, job.spec.alias, model_id, MoveKind.PUBLISHED)
+            insert_event(connection, job.id, f"New fine-tuned model created: {model_id}")
+            insert_event(connection, job.id, "The job has successfully completed")
+        self._report(JobStatus.SUCCEEDED)
+        return model_id
 
     def max_lease_age_seconds(self) -> float:
         """Seconds since the stalest running job's last heartbeat; 0 when none runs."""
-        raise NotImplementedError
+        oldest = sa.func.min(jobs.c.lease_renewed_at)
+        query = sa.select(epoch_now() - oldest).where(jobs.c.state == JobStatus.RUNNING)
+        with self._database.read() as connection:
+            age = connection.execute(query).scalar()
+        return 0.0 if age is None else max(0.0, float(age))
+
+    @contextmanager
+    def _fenced(self, claim: Claim, *, locks_tenant: bool = False, **values: Any) -> Iterator[tuple[Connection, bool]]:
+        """A transaction that starts with the fenced write of the job row; yields whether the job is paused."""
+        try:
+            with self._database.begin() as connection:
+                if locks_tenant:
+                    _lock_tenant_of(connection, claim)
+                yield connection, self._renew(connection, claim, values)
+        except ClaimEndedError:
+            raise
+        except FencedWriteError:
+            if self._observer is not None:
+                self._observer.write_fenced()
+            raise
+
+    def _renew(self, connection: Connection, claim: Claim, values: Mapping[str, Any]) -> bool:
+        lease = {"lease_renewed_at": epoch_now(), "lease_expires_at": epoch_now() + self._lease_seconds}
+        fence = sa.and_(jobs.c.id == claim.job.id, jobs.c.attempt == claim.attempt, jobs.c.state == JobStatus.RUNNING)
+        update = jobs.update().where(fence).values(**{**lease, **values}).returning(jobs.c.paused)
+        paused = connection.execute(update).scalar()
+        if paused is None:
+            raise _why_fenced(connection, claim)
+        return bool(paused)
+
+    def _take(self, connection: Connection, row: sa.Row[Any], worker: str, num_lost: int) -> None:
+        connection.execute(
+            jobs.update()
+            .where(jobs.c.id == row.id)
+            .values(
+                state=JobStatus.RUNNING,
+                attempt=row.attempt + 1,
+                num_lost_leases=num_lost,
+                worker=worker,
+                lease_renewed_at=epoch_now(),
+                lease_expires_at=epoch_now() + self._lease_seconds,
+            )
+        )
+        if row.attempt > 0:
+            insert_event(connection, row.id, f"Fine-tuning job taken up again (attempt {row.attempt + 1})")
+
+    def _report(self, *states: JobStatus) -> None:
+        if self._observer is not None:
+            for state in states:
+                self._observer.job_entered(state)
+
+
+def _next_claimable(connection: Connection) -> Any:
+    orphaned = sa.and_(jobs.c.state == JobStatus.RUNNING, jobs.c.lease_expires_at < epoch_now())
+    query = (
+        sa.select(jobs.c.id, jobs.c.state, jobs.c.attempt, jobs.c.num_lost_leases)
+        .where(sa.or_(jobs.c.state == JobStatus.QUEUED, orphaned), sa.not_(jobs.c.paused))
+        .order_by(jobs.c.seq)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
+    return connection.execute(query).one_or_none()
+
+
+def _give_up(connection: Connection, job_id: str, num_lost: int) -> None:
+    message = f"The worker running this job was lost {num_lost} times in a row; the job is not tried again."
+    error = {"code": "worker_lost", "message": message, "param": None}
+    connection.execute(jobs.update().where(jobs.c.id == job_id).values(**ending(JobStatus.FAILED, error=error)))
+    insert_event(connection, job_id, message, level=EventLevel.ERROR, data=error)
+
+
+def _why_fenced(connection: Connection, claim: Claim) -> FencedWriteError:
+    query = sa.select(jobs.c.state, jobs.c.attempt).where(jobs.c.id == claim.job.id)
+    row = connection.execute(query).one_or_none()
+    name = f"job '{claim.job.id}', attempt {claim.attempt}"
+    if row is None or (row.attempt == claim.attempt and row.state == JobStatus.CANCELLED):
+        return JobCancelledError(f"{name}: cancelled")
+    if row.attempt == claim.attempt:
+        return ClaimEndedError(f"{name}: ended by this worker, {row.state}")
+    return FencedWriteError(f"{name}: now attempt {row.attempt}, {row.state}")
+
+
+def _lock_tenant_of(connection: Connection, claim: Claim) -> None:
+    """Before the job row, as everybody does, so that nobody waits in a circle."""
+    try:
+        lock_tenant(connection, claim.job.tenant_id)
+    except NotFoundError:
+        raise JobCancelledError(f"job '{claim.job.id}': its tenant was deleted") from None
+
+
+def _version(
+    claim: Claim,
+    model_id: str,
+    digest: str,
+    base_fingerprint: str,
+    metrics: Mapping[str, Any],
+    step: int | None,
+) -> AdapterVersion:
+    return AdapterVersion(
+        id=model_id,
+        tenant_id=claim.job.tenant_id,
+        digest=digest,
+        job_id=claim.job.id,
+        base_model=claim.job.spec.base_model,
+        base_fingerprint=base_fingerprint,
+        metrics=metrics,
+        step=step,
+    )

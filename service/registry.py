@@ -1,17 +1,20 @@
-"""Model ids: the base, adapter versions, checkpoints, aliases. Knows no HTTP and no tensors.
+"""What a model id means to a tenant: the base, an adapter version, a checkpoint or an alias. Knows no HTTP, no tensors.
 
-A version is immutable (id, digest, base fingerprint). An alias is a pointer with history: setting, publishing and
-rolling back are the same move, one appended row.
+A tenant that asks for somebody else's model learns that there is none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any
 
-from service.database import Database
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from adapters.errors import BaseMismatchError
+from service.aliases import Aliases, active_model, names_pointing_at
+from service.database import Database, adapter_versions, jobs, lock_tenant
+from service.errors import ConflictError, InvalidRequestError
+from service.versions import AdapterVersion, find_version, model_not_found, version_of
 
 
 @dataclass(frozen=True)
@@ -35,76 +38,82 @@ class ResolvedModel:
         return self.digest is None
 
 
-@dataclass(frozen=True)
-class AdapterVersion:
-    id: str
-    tenant_id: str
-    digest: str
-    job_id: str
-    base_model: str
-    base_fingerprint: str
-    created_at: float
-    metrics: Mapping[str, Any]
-
-
-class MoveKind(StrEnum):
-    SET = "set"
-    PUBLISHED = "published"
-    ROLLBACK = "rollback"
-
-
-@dataclass(frozen=True)
-class AliasMove:
-    model: str
-    kind: MoveKind
-    created_at: float
-
-
-@dataclass(frozen=True)
-class Alias:
-    name: str
-    model: str
-    digest: str
-    updated_at: float
-    history: tuple[AliasMove, ...]
-    """Newest first; the first one is the active pointer."""
-
-
 class Registry:
     def __init__(self, database: Database, base: BaseIdentity) -> None:
-        raise NotImplementedError
+        self._database = database
+        self.base = base
+        self.aliases = Aliases(database)
 
     def resolve(self, tenant_id: str, model: str) -> ResolvedModel:
-        """Base id, version id, checkpoint id or alias. Raises ModelNotFoundError (404), or BaseMismatchError
-        when the adapter was trained on another base than the loaded one."""
-        raise NotImplementedError
+        """What base id, version id, checkpoint id or alias `model` is, for use in a request.
+
+        Raises NotFoundError (`model_not_found`), or BaseMismatchError when the adapter was trained on other
+        weights than the loaded ones.
+        """
+        if model == self.base.name:
+            return ResolvedModel(model, None)
+        version = self.version(tenant_id, model)
+        if version.base_fingerprint != self.base.fingerprint:
+            raise BaseMismatchError(
+                f"Model '{version.id}' was trained on '{version.base_model}' with other weights than the loaded "
+                f"base '{self.base.name}': serve that base, or fine-tune again",
+                param="model",
+            )
+        return ResolvedModel(version.id, version.digest)
 
     def versions(self, tenant_id: str) -> list[AdapterVersion]:
-        """Newest first; checkpoints are not listed."""
-        raise NotImplementedError
+        """Published models, newest first; checkpoints are not listed."""
+        query = sa.select(adapter_versions).where(
+            adapter_versions.c.tenant_id == tenant_id, adapter_versions.c.step.is_(None)
+        )
+        with self._database.read() as connection:
+            rows = connection.execute(query.order_by(adapter_versions.c.seq.desc()))
+            return [version_of(row) for row in rows]
 
     def version(self, tenant_id: str, model: str) -> AdapterVersion:
-        """Of a version id, a checkpoint id or an alias."""
-        raise NotImplementedError
+        """Of a version id, a checkpoint id or an alias. Raises NotFoundError."""
+        with self._database.read() as connection:
+            found = find_version(connection, tenant_id, model)
+            if found is None:
+                target = active_model(connection, tenant_id, model)
+                found = None if target is None else find_version(connection, tenant_id, target)
+        if found is None:
+            raise model_not_found(model)
+        return found
 
     def delete_model(self, tenant_id: str, model: str) -> str | None:
         """The digest that nobody refers to any more, for the caller to retire; None when somebody still does.
 
-        Refused (400) while an alias points at the model or an unfinished job starts from it."""
-        raise NotImplementedError
+        Refused while an alias points at the model or an unfinished job starts from it.
+        """
+        if model == self.base.name:
+            raise InvalidRequestError("The base model cannot be deleted.", param="model")
+        with self._database.begin() as connection:
+            lock_tenant(connection, tenant_id)
+            version = find_version(connection, tenant_id, model)
+            if version is None:
+                raise model_not_found(model)
+            _refuse_if_used(connection, version)
+            connection.execute(adapter_versions.delete().where(adapter_versions.c.id == version.id))
+            others = sa.select(adapter_versions.c.id).where(adapter_versions.c.digest == version.digest)
+            return None if connection.execute(others).first() else version.digest
 
-    def aliases(self, tenant_id: str) -> list[Alias]:
-        raise NotImplementedError
 
-    def alias(self, tenant_id: str, name: str) -> Alias:
-        raise NotImplementedError
-
-    def set_alias(self, tenant_id: str, name: str, model: str) -> Alias:
-        raise NotImplementedError
-
-    def delete_alias(self, tenant_id: str, name: str) -> None:
-        raise NotImplementedError
-
-    def roll_back(self, tenant_id: str, name: str) -> Alias:
-        """Back to what the alias pointed at before (skipping models deleted since); a second call goes further."""
-        raise NotImplementedError
+def _refuse_if_used(connection: Connection, version: AdapterVersion) -> None:
+    names = names_pointing_at(connection, version.tenant_id, version.id)
+    if names:
+        raise ConflictError(
+            f"The alias {', '.join(names)} points at model '{version.id}': move or delete the alias first.",
+            param="model",
+            code="model_in_use",
+        )
+    starts_from_it = sa.select(jobs.c.id).where(
+        jobs.c.parent_digest == version.digest, jobs.c.state.in_(("queued", "running"))
+    )
+    job = connection.execute(starts_from_it).scalars().first()
+    if job is not None:
+        raise ConflictError(
+            f"The fine-tuning job '{job}' starts from model '{version.id}': cancel it or wait for its end.",
+            param="model",
+            code="model_in_use",
+        )
