@@ -27,9 +27,10 @@ HEADER = """\
 def project_requirements() -> list[Requirement]:
     """What pyproject.toml asks for: to run, to build, and every extra."""
     document = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    extras = document["project"]["optional-dependencies"].values()
-    lines = [*document["project"]["dependencies"], *document["build-system"]["requires"], *sum(extras, [])]
-    return [Requirement(line) for line in lines]
+    project = document["project"]
+    groups = [project["dependencies"], document["build-system"]["requires"]]
+    groups += project["optional-dependencies"].values()
+    return [Requirement(line) for group in groups for line in group]
 
 
 def closure(requirements: list[Requirement]) -> dict[str, Version]:
