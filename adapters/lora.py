@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -58,9 +59,7 @@ class SlotTable:
     Ranks below `r` are padded with zeros, and so are parts and slots that an adapter does not touch.
     """
 
-    def __init__(
-        self, site: BatchedLoraLinear, num_slots: int, r: int, dtype: torch.dtype, device: torch.device
-    ):
+    def __init__(self, site: BatchedLoraLinear, num_slots: int, r: int, dtype: torch.dtype, device: torch.device):
         self.r = r
         self.part_names = [part.name for part in site.parts]
         self.a = torch.zeros(num_slots, len(site.parts) * r, site.in_features, dtype=dtype, device=device)
@@ -87,9 +86,7 @@ class SlotTable:
 class BatchedLoraLinear(nn.Module):
     """A frozen linear layer, or several fused ones, plus whatever LoRA the calling thread's routing adds."""
 
-    def __init__(
-        self, base: nn.Module, in_features: int, parts: tuple[LoraPart, ...], is_head: bool = False
-    ) -> None:
+    def __init__(self, base: nn.Module, in_features: int, parts: tuple[LoraPart, ...], is_head: bool = False) -> None:
         super().__init__()
         self.base = base
         self.in_features = in_features
@@ -99,7 +96,7 @@ class BatchedLoraLinear(nn.Module):
         bounds = [0]
         for part in parts:
             bounds.append(bounds[-1] + part.out_features)
-        self.spans = list(zip(bounds, bounds[1:], strict=False))
+        self.spans = list(pairwise(bounds))
         self._shared = threading.local()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -171,6 +168,10 @@ class Run:
     slots: range
     chunk: bool = False
 
+    def shifted(self, rows: int) -> Run:
+        """The same run, `rows` further down the batch."""
+        return Run(self.start + rows, self.stop + rows, self.slots, self.chunk)
+
 
 def plan_rows(slots: Sequence[int | None]) -> list[Run]:
     """Runs for single rows with these slots: equal slots together, or consecutive ones. None is no adapter.
@@ -212,9 +213,7 @@ class SlotRouting:
         return y
 
 
-def _add_run(
-    run: Run, table: SlotTable, spans: list[tuple[int, int]], x: torch.Tensor, y: torch.Tensor
-) -> None:
+def _add_run(run: Run, table: SlotTable, spans: list[tuple[int, int]], x: torch.Tensor, y: torch.Tensor) -> None:
     """y: [rows, out] += (x A) B for the rows of one run; x: [rows, in]."""
     first, r = run.slots[0], table.r
     if run.chunk:

@@ -70,7 +70,7 @@ def _attention_forward(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query: [batch, heads, tokens, dim], key and value: [batch, kv_heads, tokens, dim] -> [batch, tokens, heads, dim]."""
+    """query: [batch, heads, tokens, dim], key and value: [batch, kv_heads, …] -> [batch, tokens, heads, dim]."""
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise NotImplementedError("attention sinks and position biases are not supported")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
@@ -85,9 +85,7 @@ def _attention_forward(
         return _packed(pack, query, key, value, scale, sliding_window, softcap), None
     if softcap is not None:
         mask = _full_mask(query, key, attention_mask)
-        rows = [
-            softcapped(q, k, v, m, scale, softcap) for q, k, v, m in zip(query, key, value, mask, strict=True)
-        ]
+        rows = [softcapped(q, k, v, m, scale, softcap) for q, k, v, m in zip(query, key, value, mask, strict=True)]
         return torch.stack(rows).transpose(1, 2), None
     forward: Callable[..., tuple[torch.Tensor, None]] = sdpa_attention_forward
     return forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
@@ -124,7 +122,5 @@ def _packed(
         out = torch.stack([softcapped(*row, mask, scale, softcap) for row in zip(q, k, v, strict=True)])
     else:
         gqa = q.shape[1] != k.shape[1]
-        out = scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
-        )
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa)
     return pack.unpad(out)

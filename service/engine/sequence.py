@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
+from itertools import pairwise
 
 
 class FinishReason(StrEnum):
@@ -158,5 +159,5 @@ class Sequence:
             queue_seconds=None if self.first_scheduled is None else self.first_scheduled - self.arrival,
             ttft_seconds=times[0] - self.arrival if times else None,
             e2e_seconds=now - self.arrival,
-            inter_token_seconds=tuple(b - a for a, b in zip(times, times[1:], strict=False)),
+            inter_token_seconds=tuple(b - a for a, b in pairwise(times)),
         )

@@ -154,9 +154,7 @@ class StepAttention:
             hidden = at >= run.lengths[:, None]
             if window is not None:
                 hidden |= at < run.lengths[:, None] - window
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
-                hidden, float("-inf")
-            )
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
             found = mask.repeat_interleave(num_kv_heads, dim=0).unsqueeze(1)
             self._masks[(index, num_kv_heads, window)] = found
         return found

@@ -1,0 +1,370 @@
+"""The loop: schedule, run, post-process. Requests come in by messages, text goes out by callbacks.
+
+One thread owns sequences, cache, slots and the forward; nothing else touches them. Knows no HTTP and no metrics
+library: an `EngineObserver` hears of finished sequences.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from adapters.errors import AdapterError
+from adapters.peft_format import LoraWeights
+from adapters.slots import AdapterSlots, HostCache
+from service.engine.base_model import BaseModel
+from service.engine.detokenizer import TokenBytes
+from service.engine.errors import EngineDeadError, QueueFullError, RequestRejectedError
+from service.engine.kv_cache import KvCache
+from service.engine.observation import EngineObserver, EngineStats
+from service.engine.residency import Residency
+from service.engine.response import Response
+from service.engine.runner import Runner, probe_layers
+from service.engine.scheduler import Plan, Scheduler
+from service.engine.sequence import (
+    FinishReason,
+    GenerationRequest,
+    OutputChunk,
+    Sequence,
+    SequenceStatus,
+)
+
+logger = logging.getLogger(__name__)
+
+_IDLE_POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of the engine; `service.config.Settings` documents each."""
+
+    kv_cache_bytes: int
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    prefill_chunk: int = 128
+    max_lora_slots: int = 32
+    max_lora_rank: int = 64
+    max_host_adapters: int = 256
+    max_waiting: int = 1024
+
+
+@dataclass(frozen=True)
+class _Submit:
+    sequence: Sequence
+    response: Response
+
+
+@dataclass(frozen=True)
+class _Abort:
+    request_id: str
+
+
+@dataclass(frozen=True)
+class _Retire:
+    digest: str
+
+
+_Command = _Submit | _Abort | _Retire
+
+
+class Engine:
+    """Continuous batching over one base and many adapters."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        source: Callable[[str], LoraWeights],
+        config: EngineConfig,
+        observer: EngineObserver,
+    ) -> None:
+        self.base = base
+        self.config = config
+        self._observer = observer
+        self._host = HostCache(source, config.max_host_adapters, observer, self._wake)
+        cache = KvCache(
+            probe_layers(base),
+            max_bytes=config.kv_cache_bytes,
+            max_model_len=base.max_model_len,
+            dtype=base.dtype,
+            device=base.device,
+        )
+        slots = AdapterSlots(
+            base.lora_sites.values(),
+            num_slots=config.max_lora_slots,
+            max_rank=config.max_lora_rank,
+            dtype=base.dtype,
+            device=base.device,
+            host=self._host,
+            observer=observer,
+        )
+        self._residency = Residency(cache, slots)
+        self._scheduler = Scheduler(
+            self._residency,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=max(config.max_num_batched_tokens, config.max_num_seqs + config.prefill_chunk),
+            prefill_chunk=config.prefill_chunk,
+            on_preempt=self._count_preemption,
+        )
+        self._runner = Runner(base, self._residency)
+        self._token_bytes = TokenBytes(base.tokenizer)
+        self._responses: dict[str, _Submit] = {}
+        self._seeds: dict[Sequence, int] = {}
+        self._condition = threading.Condition()
+        self._inbox: deque[_Command] = deque()
+        self._woken = False
+        self._draining = False
+        self._stop = False
+        self._error: str | None = None
+        self._steps = self._preemptions = 0
+        self._last_step_at: float | None = None
+        self._busy_since: float | None = None
+        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[OutputChunk], OutputChunk]]] = {}
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._stats = self._picture()
+
+    # -- what other threads call ------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def shutdown(self, drain_seconds: float) -> None:
+        """Take nothing new, let running answers finish for `drain_seconds`, end the rest with an error."""
+        with self._condition:
+            self._draining = True
+            deadline = time.monotonic() + drain_seconds
+            while self._thread.is_alive() and (self._inbox or self._responses):
+                left = deadline - time.monotonic()
+                if left <= 0 or (
+                    not self._condition.wait(min(left, _IDLE_POLL_SECONDS)) and time.monotonic() > deadline
+                ):
+                    break
+            self._stop = True
+            self._condition.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._host.close()
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[OutputChunk]:
+        """Stream one answer. Closing the iterator aborts the sequence.
+
+        Raises (before the first chunk):
+            RequestRejectedError: the request can never run.
+            QueueFullError: `max_waiting` requests wait already.
+            EngineDeadError: the engine is stopping or has stopped.
+        """
+        queue: asyncio.Queue[OutputChunk] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        self.submit(request, lambda chunk: self._outbox.setdefault(loop, []).append((queue, chunk)))
+        finished = False
+        try:
+            while not finished:
+                chunk = await queue.get()
+                finished = chunk.finish_reason is not None
+                yield chunk
+        finally:
+            if not finished:
+                self.abort(request.request_id)
+
+    def submit(self, request: GenerationRequest, on_chunk: Callable[[OutputChunk], None]) -> None:
+        """Queue a request; `on_chunk` is called in the engine's thread. Raises as `generate` does."""
+        sequence = Sequence(request, self._max_tokens(request))
+        response = Response(request, self.base, self._token_bytes, on_chunk)
+        with self._condition:
+            if self._draining or self._stop:
+                raise EngineDeadError(self._error or "the service is shutting down")
+            if len(self._inbox) + self._scheduler.num_waiting >= self.config.max_waiting:
+                raise QueueFullError(
+                    f"{self.config.max_waiting} requests are waiting already", retry_after=self._retry_after()
+                )
+            self._inbox.append(_Submit(sequence, response))
+            self._condition.notify_all()
+
+    def abort(self, request_id: str) -> None:
+        """End a request whose client has gone. Unknown or finished ids are no error: the end may be on its way."""
+        self._post(_Abort(request_id))
+
+    def retire(self, digest: str) -> None:
+        """A deleted adapter: running sequences finish on it, then its slot is free."""
+        self._post(_Retire(digest))
+
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    # -- the engine's thread ----------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._take_commands()
+                self._step()
+                self._deliver()
+        except BaseException as error:
+            self._error = f"the engine stopped: {type(error).__name__}"
+            logger.exception("engine.died")
+        finally:
+            with self._condition:
+                self._stop = True
+                self._take_commands()
+                for request_id in list(self._responses):
+                    self._finish(request_id, FinishReason.ERROR, self._error or "the service is shutting down")
+                self._deliver()
+                self._condition.notify_all()
+            self._stats = self._picture()
+
+    def _wait_for_work(self) -> bool:
+        """Sleep until there is something to do; False when it is time to end."""
+        with self._condition:
+            while not (self._stop or self._inbox or self._woken or self._scheduler.running):
+                self._condition.notify_all()
+                if not self._condition.wait(_IDLE_POLL_SECONDS) and self._scheduler.has_work:
+                    break  # nothing should be stuck in the queue, but nobody may depend on that
+            self._woken = False
+            return not self._stop
+
+    def _take_commands(self) -> None:
+        while self._inbox:
+            command = self._inbox.popleft()
+            match command:
+                case _Submit(sequence=sequence):
+                    sampling = sequence.request.sampling
+                    self._seeds[sequence] = secrets.randbits(63) if sampling.seed is None else sampling.seed
+                    self._responses[sequence.request.request_id] = command
+                    self._scheduler.add(sequence)
+                case _Abort(request_id=request_id):
+                    if request_id in self._responses:
+                        self._finish(request_id, FinishReason.ABORT)
+                case _Retire(digest=digest):
+                    self._residency.slots.retire(digest)
+
+    def _step(self) -> None:
+        """Schedule, run, post-process."""
+        if self._scheduler.has_work and self._busy_since is None:
+            self._busy_since = time.monotonic()
+        plan = self._scheduler.schedule()
+        for sequence, error in plan.rejected:
+            self._finish(sequence.request.request_id, FinishReason.ERROR, _explain(error))
+        if plan.work:
+            self._run(plan)
+        if not self._scheduler.has_work:
+            self._busy_since = None
+            self._residency.check_integrity(self._scheduler.running)
+        self._stats = self._picture()
+
+    def _run(self, plan: Plan) -> None:
+        now = time.monotonic()
+        for work in plan.work:
+            if work.sequence.first_scheduled is None:
+                work.sequence.first_scheduled = now
+        try:
+            sampled = self._runner.run(plan, self._seeds)
+        except Exception:  # the step's requests end with an error; the engine lives on
+            logger.exception("engine.step_failed")
+            for work in plan.work:
+                self._finish(work.sequence.request.request_id, FinishReason.ERROR, "internal error while decoding")
+            return
+        now = time.monotonic()
+        self._steps += 1
+        self._last_step_at = now
+        for work in plan.work:
+            work.sequence.num_computed += work.num_tokens
+        for sequence, token in sampled:
+            sequence.output_token_ids.append(token.token_id)
+            sequence.token_times.append(now)
+            response = self._responses[sequence.request.request_id].response
+            reason = response.add(token, len(sequence.output_token_ids) >= sequence.max_tokens)
+            if reason is not None:
+                self._finish(sequence.request.request_id, reason)
+
+    def _finish(self, request_id: str, reason: FinishReason, error: str | None = None) -> None:
+        """Send the last chunk, free what the sequence held, tell the observer."""
+        submitted = self._responses.pop(request_id)
+        sequence = submitted.sequence
+        if sequence.status is not SequenceStatus.FINISHED:
+            self._scheduler.remove(sequence)
+        del self._seeds[sequence]
+        submitted.response.finish(reason, error)
+        self._observer.sequence_finished(sequence.report(reason, time.monotonic()))
+
+    def _deliver(self) -> None:
+        """Hand this step's chunks to their event loops, one call each."""
+        outbox, self._outbox = self._outbox, {}
+        for loop, chunks in outbox.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, chunks)
+            except RuntimeError:  # the loop is closed: its clients are gone
+                for queue_and_chunk in chunks:
+                    del queue_and_chunk
+
+    # -- small things -----------------------------------------------------------------------------------------
+
+    def _max_tokens(self, request: GenerationRequest) -> int:
+        length, limit = len(request.prompt_token_ids), self.base.max_model_len
+        if length == 0:
+            raise RequestRejectedError("the prompt is empty", param="prompt", code="invalid_prompt")
+        if length >= limit:
+            raise RequestRejectedError(
+                f"the prompt has {length} tokens; this model takes at most {limit} with the answer",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        if not all(0 <= token < self.base.vocab_size for token in request.prompt_token_ids):
+            raise RequestRejectedError(
+                f"token ids must lie in 0..{self.base.vocab_size - 1}", param="prompt", code="invalid_prompt"
+            )
+        wanted = request.sampling.max_tokens
+        return limit - length if wanted is None else min(wanted, limit - length)
+
+    def _retry_after(self) -> float:
+        """A guess from how long the queue is; clients stop obeying above 120 s."""
+        return min(60.0, 1.0 + self._scheduler.num_waiting / max(1, self.config.max_num_seqs))
+
+    def _post(self, command: _Command) -> None:
+        with self._condition:
+            if not self._stop:
+                self._inbox.append(command)
+                self._condition.notify_all()
+
+    def _wake(self) -> None:
+        with self._condition:
+            self._woken = True
+            self._condition.notify_all()
+
+    def _count_preemption(self, sequence: Sequence) -> None:
+        self._preemptions += 1
+        logger.info("engine.preempted", extra={"request_id": sequence.request.request_id})
+
+    def _picture(self) -> EngineStats:
+        slots, scheduler = self._residency.slots, self._scheduler
+        waiting = {s.request.adapter for s in scheduler.waiting() if s.request.adapter}
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=scheduler.num_waiting,
+            kv_usage=self._residency.cache.usage,
+            slots={"device": slots.num_slots, "host": self.config.max_host_adapters},
+            resident={"device": tuple(slots.resident()), "host": tuple(self._host.digests())},
+            waiting_adapters=tuple(sorted(waiting)),
+            num_steps=self._steps,
+            num_preemptions=self._preemptions,
+            last_step_at=self._last_step_at,
+            busy_since=self._busy_since,
+            alive=not self._stop,
+            error=self._error,
+        )
+
+
+def _put_all(chunks: list[tuple[asyncio.Queue[OutputChunk], OutputChunk]]) -> None:
+    for queue, chunk in chunks:
+        queue.put_nowait(chunk)
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, AdapterError):
+        return error.message
+    logger.error("engine.admission_failed", exc_info=error)
+    return "internal error while starting the request"

@@ -1,0 +1,72 @@
+"""What a running sequence holds: a row of the cache and a slot with its adapter. Knows no plan and no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from adapters.errors import NoFreeSlotError
+from adapters.slots import AdapterSlots
+from service.engine.kv_cache import KvCache, KvCacheFullError, Row
+from service.engine.scheduler import Admission
+from service.engine.sequence import Sequence
+
+
+@dataclass
+class Place:
+    """Where one running sequence is. `slot` is None for the base."""
+
+    row: Row
+    slot: int | None
+
+
+class Residency:
+    """Gives and takes places; the scheduler's `Resources`."""
+
+    def __init__(self, cache: KvCache, slots: AdapterSlots) -> None:
+        self.cache = cache
+        self.slots = slots
+        self._places: dict[Sequence, Place] = {}
+
+    def __getitem__(self, sequence: Sequence) -> Place:
+        return self._places[sequence]
+
+    def acquire(self, sequence: Sequence) -> Admission:
+        digest = sequence.request.adapter
+        try:
+            row = self.cache.allocate(sequence.num_prompt_tokens)
+        except KvCacheFullError:
+            return Admission.FULL
+        slot: int | None = None
+        try:
+            if digest is not None and (slot := self.slots.acquire(digest)) is None:
+                self.cache.free(row)
+                return Admission.LATER
+        except NoFreeSlotError:
+            self.cache.free(row)
+            return Admission.LATER
+        except Exception:
+            self.cache.free(row)
+            raise
+        self._places[sequence] = Place(row, slot)
+        return Admission.STARTED
+
+    def extend(self, sequence: Sequence, num_tokens: int) -> bool:
+        place = self._places[sequence]
+        try:
+            place.row = self.cache.grow(place.row, num_tokens, sequence.num_computed)
+        except KvCacheFullError:
+            return False
+        return True
+
+    def release(self, sequence: Sequence) -> None:
+        place = self._places.pop(sequence)
+        self.cache.free(place.row)
+        if sequence.request.adapter is not None:
+            self.slots.release(sequence.request.adapter)
+
+    def check_integrity(self, running: list[Sequence]) -> None:
+        """When idle nothing may be held; a leak is our own bug."""
+        assert set(self._places) == set(running), "places and running sequences differ"
+        if not running:
+            assert self.cache.usage == 0, "cache rows leaked"
+            assert not self.slots.references(), "adapter references leaked"

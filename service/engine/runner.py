@@ -1,0 +1,132 @@
+"""A plan -> tensors -> logits -> tokens: the one forward of a step. Knows no queue and no client."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+
+import torch
+
+from adapters.lora import Run, SlotRouting, plan_rows, routing
+from service.engine.attention import ShapeProbe, attending
+from service.engine.base_model import BaseModel
+from service.engine.kv_cache import LayerShape, Row
+from service.engine.residency import Residency
+from service.engine.sampler import Sampled, Sampler
+from service.engine.scheduler import Plan, Work
+from service.engine.sequence import Sequence
+from service.engine.step_attention import DecodeRun, PrefillChunk, StepAttention
+
+
+def probe_layers(base: BaseModel) -> list[LayerShape]:
+    """What each attention layer of the model stores, seen in a forward of two tokens."""
+    probe = ShapeProbe({})
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=base.device)
+    with torch.inference_mode(), attending(probe):
+        base.model(input_ids=tokens, position_ids=torch.arange(2, device=base.device)[None], use_cache=False)
+    if not probe.shapes or sorted(probe.shapes) != list(range(len(probe.shapes))):
+        raise ValueError(f"{type(base.model).__name__} does not call attention once per layer: it cannot be served")
+    return [probe.shapes[layer] for layer in sorted(probe.shapes)]
+
+
+class Runner:
+    """Computes plans on the base with every row's own adapter."""
+
+    def __init__(self, base: BaseModel, residency: Residency) -> None:
+        self._base = base
+        self._residency = residency
+        self._sampler = Sampler()
+
+    def run(self, plan: Plan, seeds: dict[Sequence, int]) -> list[tuple[Sequence, Sampled]]:
+        """Compute the plan; returns a token for each sequence whose work samples.
+
+        Tokens of prefill chunks stand first in the batch, then one token per decoding sequence, by adapter slot.
+        """
+        decodes = sorted(plan.decodes, key=self._decode_order)
+        works = plan.prefills + decodes
+        logits = self._forward(works, decodes)
+        sampling = [work.sequence for work in works if work.samples]
+        if not sampling:
+            return []
+        tokens = self._sampler.sample(logits, sampling, [seeds[s] for s in sampling])
+        return list(zip(sampling, tokens, strict=True))
+
+    def _forward(self, works: Many[Work], decodes: Many[Work]) -> torch.Tensor:
+        """Logits of the last token of every work that samples: [rows, vocabulary]."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        rows: list[Row] = []
+        chunks: list[PrefillChunk] = []
+        body: list[Run] = []
+        last: list[int] = []
+        head: list[int | None] = []
+        for work in works:
+            sequence, place = work.sequence, self._residency[work.sequence]
+            first, start = sequence.num_computed, len(tokens)
+            span = range(first, first + work.num_tokens)
+            tokens += [sequence.token_at(position) for position in span]
+            positions += span
+            rows += [place.row] * work.num_tokens
+            if work.is_prefill:
+                chunks.append(PrefillChunk(start, len(tokens), place.row, first))
+                if place.slot is not None:
+                    body.append(Run(start, len(tokens), range(place.slot, place.slot + 1), chunk=True))
+            if work.samples:
+                last.append(len(tokens) - 1)
+                head.append(place.slot)
+        decode_start = len(tokens) - len(decodes)
+        body += [r.shifted(decode_start) for r in plan_rows([self._residency[w.sequence].slot for w in decodes])]
+        attention = self._attention(chunks, decodes, decode_start, rows, positions)
+        with torch.inference_mode(), attending(attention), routing(SlotRouting(body, plan_rows(head))):
+            device = self._base.device
+            output = self._base.model(
+                input_ids=torch.tensor([tokens], device=device),
+                position_ids=torch.tensor([positions], device=device),
+                use_cache=False,
+                logits_to_keep=torch.tensor(last or [0], device=device),
+            )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def _attention(
+        self,
+        chunks: list[PrefillChunk],
+        decodes: Many[Work],
+        decode_start: int,
+        rows: list[Row],
+        positions: list[int],
+    ) -> StepAttention:
+        """Group decode rows that are neighbours in the cache into runs."""
+        by_row = sorted(range(len(decodes)), key=lambda i: rows[decode_start + i].order)
+        runs: list[tuple[Row, list[int]]] = []  # first row, visible lengths
+        for index in by_row:
+            row, length = rows[decode_start + index], positions[decode_start + index] + 1
+            if runs and _follows(row, *runs[-1]):
+                runs[-1][1].append(length)
+            else:
+                runs.append((row, [length]))
+        order = inverse = None
+        if by_row != list(range(len(decodes))):
+            order = torch.tensor(by_row, device=self._base.device)
+            inverse = torch.argsort(order)
+        return StepAttention(
+            cache=self._residency.cache,
+            prefills=chunks,
+            decode_start=decode_start,
+            runs=[
+                DecodeRun(first, len(lengths), torch.tensor(lengths, device=self._base.device))
+                for first, lengths in runs
+            ],
+            order=order,
+            inverse=inverse,
+            rows=rows,
+            positions=positions,
+        )
+
+    def _decode_order(self, work: Work) -> tuple[int, tuple[int, int, int]]:
+        place = self._residency[work.sequence]
+        return (-1 if place.slot is None else place.slot, place.row.order)
+
+
+def _follows(row: Row, first: Row, lengths: list[int]) -> bool:
+    same_slab = row.slab == first.slab and row.capacity == first.capacity
+    return same_slab and row.index == first.index + len(lengths)

@@ -1,0 +1,105 @@
+"""Logits -> tokens. Every row is computed from its own logits and its own random number, so the batch does not matter.
+
+A sequence's i-th token uses a number drawn from Philox(seed, i): the same seed gives the same text in any crowd,
+and a preempted sequence needs no saved generator.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from service.engine.sequence import SamplingParams, Sequence
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One row's choice. `top` holds (token id, log-probability) of the likeliest tokens, if asked for."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """Temperature, top-k, top-p, min-p and penalties; log-probabilities are those of the model, before all that."""
+
+    def sample(self, logits: torch.Tensor, sequences: Rows[Sequence], seeds: Rows[int]) -> list[Sampled]:
+        """logits: [rows, vocabulary], one row per sequence."""
+        logits = logits.float()
+        raw = logits
+        params = [s.request.sampling for s in sequences]
+        if any(p.has_penalties for p in params):
+            logits = logits.clone()
+            for row, sequence in enumerate(sequences):
+                if params[row].has_penalties:
+                    _penalize(logits[row], sequence)
+        tokens: list[int] = logits.argmax(dim=-1).tolist()
+        warm = [row for row, p in enumerate(params) if p.temperature > 0]
+        if warm:
+            numbers = [_uniform(seeds[row], len(sequences[row].output_token_ids)) for row in warm]
+            chosen = _draw(logits[warm], [params[row] for row in warm], numbers)
+            for row, token in zip(warm, chosen, strict=True):
+                tokens[row] = token
+        return _with_logprobs(raw, tokens, params)
+
+
+def _with_logprobs(logits: torch.Tensor, tokens: list[int], params: list[SamplingParams]) -> list[Sampled]:
+    sampled = [Sampled(token) for token in tokens]
+    for row, p in enumerate(params):
+        if p.logprobs is None:
+            continue
+        logprobs = torch.log_softmax(logits[row], dim=-1)
+        values, ids = logprobs.topk(min(p.logprobs, logprobs.shape[0]))
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        sampled[row] = Sampled(tokens[row], logprobs[tokens[row]].item(), top)
+    return sampled
+
+
+def _uniform(seed: int, position: int) -> float:
+    """The `position`-th number of this seed's stream, in [0, 1)."""
+    return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
+
+
+def _penalize(logits: torch.Tensor, sequence: Sequence) -> None:
+    """Presence and frequency count the output (OpenAI); repetition also the prompt (CTRL, arXiv 1909.05858)."""
+    p = sequence.request.sampling
+    device = logits.device
+    counts = Counter(sequence.output_token_ids)
+    if counts and (p.presence_penalty or p.frequency_penalty):
+        ids = torch.tensor(list(counts), device=device)
+        times = torch.tensor(list(counts.values()), dtype=logits.dtype, device=device)
+        logits[ids] -= p.presence_penalty + p.frequency_penalty * times
+    if p.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(sequence.request.prompt_token_ids) | set(counts)), device=device)
+        values = logits[seen]
+        logits[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
+
+
+def _draw(logits: torch.Tensor, params: list[SamplingParams], numbers: list[float]) -> list[int]:
+    """Inverse-CDF sampling among the tokens that the filters leave, likeliest first. logits: [rows, vocabulary]."""
+    device, vocabulary = logits.device, logits.shape[-1]
+
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+
+    scaled = logits / column([p.temperature for p in params])
+    ordered, ids = scaled.sort(dim=-1, descending=True, stable=True)
+    probs = torch.softmax(ordered, dim=-1)
+    rank = torch.arange(vocabulary, device=device)
+    keep = rank < column([float(p.top_k or vocabulary) for p in params])
+    probs = probs * keep
+    before = probs.cumsum(dim=-1) - probs
+    keep &= before < column([p.top_p for p in params]) * probs.sum(dim=-1, keepdim=True)
+    keep &= probs >= column([p.min_p for p in params]) * probs[:, :1]
+    keep[:, 0] = True
+    cumulative = (probs * keep).cumsum(dim=-1)
+    target = column(numbers) * cumulative[:, -1:]
+    chosen = (cumulative <= target).sum(dim=-1, keepdim=True)
+    last = keep.sum(dim=-1, keepdim=True) - 1  # rounding may carry the target past the last kept token
+    picked: list[int] = ids.gather(1, torch.minimum(chosen, last)).squeeze(1).tolist()
+    return picked
