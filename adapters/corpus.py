@@ -128,7 +128,7 @@ def split_validation(corpus: Corpus, *, seed: int) -> tuple[Corpus, Corpus]:
 
     Sequences of one example stay on one side.
     """
-    lines = corpus.lines.unique()
+    lines = torch.unique(corpus.lines)
     count = min(max(len(lines) // 10, 4), MAX_VALIDATION_EXAMPLES, len(lines) // 5)
     order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(seed))
     held_out = torch.isin(corpus.lines, lines[order[:count]])

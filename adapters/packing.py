@@ -41,14 +41,14 @@ class PackedBatch:
         """x: [1, heads, tokens, dim] -> [sequences, heads, longest, dim]."""
         rows = x.transpose(1, 2)[0]
         if not self.even:
-            rows = _Pad.apply(rows, self.pad_index, self.unpad_index)
+            rows = _Pad.apply(rows, self.pad_index, self.unpad_index)  # type: ignore[no-untyped-call]
         return rows.reshape(len(self.lengths), self.max_length, *rows.shape[1:]).transpose(1, 2)
 
     def unpad(self, x: torch.Tensor) -> torch.Tensor:
         """x: [sequences, heads, longest, dim] -> [1, tokens, heads, dim] (the layout an attention returns)."""
         rows = x.transpose(1, 2).flatten(0, 1)
         if not self.even:
-            rows = _Unpad.apply(rows, self.unpad_index)
+            rows = _Unpad.apply(rows, self.unpad_index)  # type: ignore[no-untyped-call]
         return rows[None]
 
 
@@ -61,7 +61,7 @@ class _Pad(torch.autograd.Function):
         return rows.index_select(0, pad_index)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (unpad_index,) = ctx.saved_tensors
         return grad.index_select(0, unpad_index), None, None
 
@@ -76,7 +76,7 @@ class _Unpad(torch.autograd.Function):
         return rows.index_select(0, unpad_index)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         (unpad_index,) = ctx.saved_tensors
         padded = grad.new_zeros(ctx.num_rows, *grad.shape[1:])
         return padded.index_copy_(0, unpad_index, grad), None

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from adapters.lora import BatchedLoraLinear
 from adapters.peft_format import BaseSignature, LoraPair, LoraSpec, LoraWeights
@@ -63,6 +62,8 @@ class TrainRouting:
 
     adapter: TrainableLora
     training: bool = True
+    generator: torch.Generator | None = None
+    """Dropout's randomness; the global generator belongs to every thread, so no run could be repeated with it."""
 
     def apply(self, site: BatchedLoraLinear, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """y + (x A.T) B.T * scaling for each adapted part; siblings share one product with their stacked A."""
@@ -72,17 +73,13 @@ class TrainRouting:
         spec = self.adapter.spec
         x = x.to(torch.float32)
         if spec.lora_dropout and self.training:
-            x = functional.dropout(x, spec.lora_dropout)
+            kept = torch.rand(x.shape, generator=self.generator, device=x.device) >= spec.lora_dropout
+            x = x * kept / (1 - spec.lora_dropout)
         factors = [self.adapter.a[name] for _, name in adapted]
         h = x @ (factors[0] if len(factors) == 1 else torch.cat(factors)).T
         slices = h.split([a.shape[0] for a in factors], dim=-1)
-        deltas = {
-            i: (s @ self.adapter.b[n].T) * spec.scaling_of(n)
-            for (i, n), s in zip(adapted, slices, strict=True)
-        }
+        deltas = {i: (s @ self.adapter.b[n].T) * spec.scaling_of(n) for (i, n), s in zip(adapted, slices, strict=True)}
         if len(site.parts) == 1:
             return y + deltas[0].to(y.dtype)
         pieces = [y[..., start:stop] for start, stop in site.spans]
-        return torch.cat(
-            [p + deltas[i].to(y.dtype) if i in deltas else p for i, p in enumerate(pieces)], dim=-1
-        )
+        return torch.cat([p + deltas[i].to(y.dtype) if i in deltas else p for i, p in enumerate(pieces)], dim=-1)

@@ -2,54 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from adapters.corpus import Corpus, build_corpus, render_prompt, split_validation, tokenize
 from adapters.dataset import ChatExample, CompletionExample, Message
 from adapters.errors import DatasetError
+from tests.adapters.conftest import CHATML, TemplateCodec
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 # Earlier answers are shortened in the history, as reasoning models drop their thinking.
 FORGETFUL = CHATML.replace("m['content']", "(m['content'] if loop.last else m['content'][:2])")
 # The generation prompt holds something that the history does not.
 THINKING = CHATML.replace("assistant\\n' }}{% endif", "assistant\\nHm. ' }}{% endif")
 ENDLESS = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% endfor %}"
 CHOOSY = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
-
-
-class TemplateCodec:
-    """The test tokenizer under a chat template of one's choice."""
-
-    def __init__(self, directory: Path, template: str = CHATML) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.template = template
-
-    @property
-    def eos_token_ids(self) -> frozenset[int]:
-        return frozenset([self.tokenizer.eos_token_id])
-
-    def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Any = None, add_generation_prompt: bool = True
-    ) -> list[int]:
-        text = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=self.template
-        )
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-        return ids
-
-
-@pytest.fixture(scope="session")
-def codec(tiny_llama_dir: Path) -> TemplateCodec:
-    return TemplateCodec(tiny_llama_dir)
 
 
 def _chat(*contents: str, untrained: tuple[int, ...] = (), line: int = 1) -> ChatExample:
@@ -118,7 +86,7 @@ def test_a_completion_learns_its_text_and_the_end_and_keeps_the_served_prompt(co
 def test_a_template_that_refuses_messages_is_a_complaint_with_the_line(tiny_llama_dir: Path) -> None:
     codec = TemplateCodec(tiny_llama_dir, CHOOSY)
     bad = ChatExample(3, (Message("system", "x"), Message("user", "y"), Message("assistant", "z", trained=True)))
-    with pytest.raises(DatasetError, match="line 3: the model's chat template refuses .*no system role"):
+    with pytest.raises(DatasetError, match=r"line 3: the model's chat template refuses .*no system role"):
         build_corpus([_chat("a", "b"), bad], codec, max_length=64)
 
 
