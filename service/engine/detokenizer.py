@@ -5,19 +5,27 @@ Knows one sequence's output and the tokenizer, nothing of batches.
 
 from __future__ import annotations
 
+import codecs
 from functools import lru_cache
+from typing import Protocol
 
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 
 class TokenBytes:
-    """The bytes a single token stands for, so that clients can join characters split over tokens."""
+    """The bytes a single token stands for, so that characters split over tokens can be joined.
+
+    `exact` says that a text is the concatenation of its tokens' bytes, which holds for byte-level BPE.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._special = frozenset(tokenizer.all_special_ids)
-        self._byte_of = {c: b for b, c in _byte_alphabet().items()} if _is_byte_level(tokenizer) else None
+        self.exact = _is_byte_level(tokenizer)
+        self._byte_of = {c: b for b, c in _byte_alphabet().items()} if self.exact else None
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special
 
     def of(self, token_id: int) -> bytes:
         piece = self._tokenizer.convert_ids_to_tokens(token_id)
@@ -32,6 +40,63 @@ class TokenBytes:
         return piece.replace("▁", " ").encode()
 
 
+class _Pieces(Protocol):
+    """Token by token to whole characters."""
+
+    def push(self, token_id: int) -> str: ...
+    def flush(self) -> str: ...
+
+
+class _BytePieces:
+    """Byte-level BPE: the tokens' bytes through Python's incremental UTF-8 decoder."""
+
+    def __init__(self, token_bytes: TokenBytes) -> None:
+        self._token_bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        if self._token_bytes.is_special(token_id):
+            return ""
+        return self._decoder.decode(self._token_bytes.of(token_id))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _WindowPieces:
+    """Any tokenizer: decode a sliding window twice and take the difference, as vLLM and TGI do.
+
+    A window that ends in U+FFFD may be an unfinished character; it waits, but not for longer than one can be.
+    """
+
+    _LONGEST_CHARACTER = 6
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._prefix = self._read = 0
+
+    def push(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        new = self._new_text()
+        unfinished = new.endswith("\ufffd") and len(self._ids) - self._read < self._LONGEST_CHARACTER
+        if not new or unfinished:
+            return ""
+        self._prefix, self._read = self._read, len(self._ids)
+        return new
+
+    def flush(self) -> str:
+        return self._new_text()
+
+    def _new_text(self) -> str:
+        before = self._decode(self._ids[self._prefix : self._read])
+        return self._decode(self._ids[self._prefix :])[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+
 class Detokenizer:
     """Feeds on one sequence's tokens and says what text may go out.
 
@@ -40,52 +105,49 @@ class Detokenizer:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...] = (), include_stop: bool = False
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        token_bytes: TokenBytes,
+        stop: tuple[str, ...] = (),
+        include_stop: bool = False,
     ) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._pieces: _Pieces = _BytePieces(token_bytes) if token_bytes.exact else _WindowPieces(tokenizer)
         self._stop = stop
         self._include_stop = include_stop
-        self._ids: list[int] = []
-        self._decoded = ""
-        self._sent = 0
+        self._text = ""  # decoded, not sent yet
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        self._ids.append(token_id)
-        piece = self._stream.step(self._tokenizer.backend_tokenizer, token_id)
-        if not piece or self.stopped:
-            return ""
-        searched_from = max(0, len(self._decoded) - max((len(s) for s in self._stop), default=0))
-        self._decoded += piece
-        found = [(at, s) for s in self._stop if (at := self._decoded.find(s, max(self._sent, searched_from))) >= 0]
-        if found:
-            at, string = min(found)
-            self.stopped = True
-            return self._send(at + len(string) if self._include_stop else at)
-        return self._send(len(self._decoded) - self._held_back())
+        return self._advance(self._pieces.push(token_id))
 
     def flush(self) -> str:
         """The rest, incomplete characters as U+FFFD."""
         if self.stopped:
             return ""
-        whole: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        if whole.startswith(self._decoded):
-            self._decoded = whole
-        return self._send(len(self._decoded))
+        text = self._advance(self._pieces.flush())
+        return text if self.stopped else text + self._send(len(self._text))
+
+    def _advance(self, piece: str) -> str:
+        if not piece or self.stopped:
+            return ""
+        self._text += piece
+        found = [(at, len(s)) for s in self._stop if (at := self._text.find(s)) >= 0]
+        if found:
+            at, length = min(found)
+            self.stopped = True
+            return self._send(at + length if self._include_stop else at)
+        return self._send(len(self._text) - self._held_back())
 
     def _send(self, until: int) -> str:
-        text = self._decoded[self._sent : until]
-        self._sent = max(self._sent, until)
+        text, self._text = self._text[:until], self._text[until:]
         return text
 
     def _held_back(self) -> int:
         """Length of the longest tail that a stop string starts with."""
-        tail = self._decoded[self._sent :]
         longest = 0
         for string in self._stop:
-            for length in range(min(len(string) - 1, len(tail)), longest, -1):
-                if tail.endswith(string[:length]):
+            for length in range(min(len(string) - 1, len(self._text)), longest, -1):
+                if self._text.endswith(string[:length]):
                     longest = length
                     break
         return longest

@@ -26,6 +26,7 @@ from service.engine.observation import EngineObserver, EngineStats
 from service.engine.residency import Residency
 from service.engine.response import Response
 from service.engine.runner import Runner, probe_layers
+from service.engine.sampler import Sampled
 from service.engine.scheduler import Plan, Scheduler
 from service.engine.sequence import (
     FinishReason,
@@ -276,10 +277,19 @@ class Engine:
         for sequence, token in sampled:
             sequence.output_token_ids.append(token.token_id)
             sequence.token_times.append(now)
-            response = self._responses[sequence.request.request_id].response
-            reason = response.add(token, len(sequence.output_token_ids) >= sequence.max_tokens)
-            if reason is not None:
-                self._finish(sequence.request.request_id, reason)
+            self._respond(sequence, token)
+
+    def _respond(self, sequence: Sequence, token: Sampled) -> None:
+        request_id = sequence.request.request_id
+        try:
+            is_last = len(sequence.output_token_ids) >= sequence.max_tokens
+            reason = self._responses[request_id].response.add(token, is_last)
+        except Exception:  # a fault in one answer's text must not touch the others
+            logger.exception("engine.response_failed", extra={"request_id": request_id})
+            self._finish(request_id, FinishReason.ERROR, "internal error while writing the answer")
+            return
+        if reason is not None:
+            self._finish(request_id, reason)
 
     def _finish(self, request_id: str, reason: FinishReason, error: str | None = None) -> None:
         """Send the last chunk, free what the sequence held, tell the observer."""

@@ -29,7 +29,7 @@ class Response:
         sampling = request.sampling
         self._stop_ids = frozenset(sampling.stop_token_ids)
         self._eos_ids = frozenset() if sampling.ignore_eos else base.eos_token_ids
-        self._text = Detokenizer(base.tokenizer, sampling.stop, sampling.include_stop_str_in_output)
+        self._text = Detokenizer(base.tokenizer, token_bytes, sampling.stop, sampling.include_stop_str_in_output)
         self._num_tokens = 0
         self._pending_text = ""
         self._pending_ids: list[int] = []
