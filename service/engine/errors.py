@@ -3,6 +3,8 @@
 EngineError
 ├── RequestRejectedError   the request can never run (too long, unknown adapter, …); `code`, `param`
 ├── QueueFullError         too many wait already; try again after `retry_after` seconds
+├── BaseModelError         the base model cannot be loaded as asked; stops start-up
+├── ChatTemplateError      the base's chat template refuses these messages
 └── EngineDeadError        the loop has stopped; nothing will run any more
 """
 
@@ -40,3 +42,15 @@ class EngineDeadError(EngineError):
     """The engine's thread has ended, or is ending."""
 
     code = "engine_unavailable"
+
+
+class BaseModelError(EngineError):
+    """The base model cannot be loaded as asked. The message names the way out."""
+
+    code = "base_model_unusable"
+
+
+class ChatTemplateError(RequestRejectedError):
+    """The base's chat template refuses these messages (roles that must alternate, say)."""
+
+    code = "invalid_messages"
