@@ -41,12 +41,17 @@ class ChatExample:
 
     @property
     def prompt(self) -> tuple[Message, ...]:
-        """Everything before the last answer."""
-        return self.messages[:-1]
+        """Everything before the last learned answer."""
+        return self.messages[: self._last_learned]
 
     @property
     def answer(self) -> str:
-        return self.messages[-1].content
+        """The last learned answer."""
+        return self.messages[self._last_learned].content
+
+    @property
+    def _last_learned(self) -> int:
+        return max(index for index, message in enumerate(self.messages) if message.trained)
 
 
 @dataclass(frozen=True)

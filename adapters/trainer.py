@@ -8,7 +8,6 @@ the step's number, so the state after a step is all that an exact resume needs.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import isfinite
@@ -16,23 +15,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from adapters.corpus import Corpus
 from adapters.errors import TrainingError
-from adapters.lora import routing
-from adapters.packing import bounded_slices, packed_sequences
+from adapters.packed_loss import PackedLoss, Score, count_learned
 from adapters.peft_format import LoraPair, LoraWeights
 from adapters.recipe import TrainConfig, learning_rate_factor, steps_per_epoch
 from adapters.trainable import TrainableLora, TrainRouting
-
-
-@dataclass(frozen=True)
-class Score:
-    """Mean negative log likelihood (nats) and share of tokens guessed right, over learned tokens."""
-
-    loss: float
-    accuracy: float
 
 
 @dataclass(frozen=True)
@@ -53,12 +42,12 @@ class Trainer:
     def __init__(
         self, model: nn.Module, adapter: TrainableLora, train: Corpus, valid: Corpus, config: TrainConfig
     ) -> None:
-        self.model = model
         self.adapter = adapter
         self.train = train
         self.valid = valid
         self.config = config
         self.device = adapter.parameters()[0].device
+        self.loss = PackedLoss(model, self.device, config.max_slice_tokens)
         self.optimizer = torch.optim.AdamW(
             adapter.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
@@ -69,7 +58,6 @@ class Trainer:
         self.best_step: int | None = None
         self._best: LoraWeights | None = None
         self._num_bad_steps = 0
-        self._takes_positions = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
     def steps_done(self) -> int:
@@ -104,13 +92,13 @@ class Trainer:
             TrainingError: `non_finite_loss`, after `max_bad_steps` bad steps in a row.
         """
         batch = self._batch(self.steps_done)
-        num_learned = sum(int(self.train.sequence(index)[1][1:].sum()) for index in batch)
+        num_learned = count_learned(self.train, batch)
         generator = self._generator(self.steps_done)
         total_loss = torch.zeros((), dtype=torch.float64, device=self.device)
         num_right = torch.zeros((), dtype=torch.int64, device=self.device)
         try:
-            for pack in self._packs(self.train, batch):
-                loss, right = self._forward(self.train, pack, TrainRouting(self.adapter, generator=generator))
+            for pack in self.loss.packs(self.train, batch):
+                loss, right = self.loss(self.train, pack, TrainRouting(self.adapter, generator=generator))
                 # Divided by all learned tokens of the step: means of packs would weigh short packs too much.
                 (loss / num_learned).backward()  # type: ignore[no-untyped-call]
                 total_loss += loss.detach()
@@ -124,26 +112,13 @@ class Trainer:
         self.history.append(result)
         return result
 
-    @torch.no_grad()
     def evaluate(self, between_packs: Callable[[], None] = lambda: None) -> Score:
         """Score the validation examples, note it for this step, and keep the weights if they are the best yet."""
-        score = self.score(self.valid, between_packs)
+        score = self.loss.score(self.valid, TrainRouting(self.adapter, training=False), between_packs)
         self.scores[self.steps_done] = score
         if isfinite(score.loss) and (self.best_step is None or score.loss < self.scores[self.best_step].loss):
             self.best_step, self._best = self.steps_done, self.adapter.weights()
         return score
-
-    @torch.no_grad()
-    def score(self, corpus: Corpus, between_packs: Callable[[], None] = lambda: None) -> Score:
-        """Loss and accuracy of the adapter as it is now."""
-        total_loss, num_right, num_learned = 0.0, 0, 0
-        for pack in self._packs(corpus, list(range(len(corpus)))):
-            loss, right = self._forward(corpus, pack, TrainRouting(self.adapter, training=False))
-            total_loss += loss.item()
-            num_right += int(right.item())
-            num_learned += sum(int(corpus.sequence(index)[1][1:].sum()) for index in pack)
-            between_packs()
-        return Score(total_loss / num_learned, num_right / num_learned)
 
     def best_weights(self) -> LoraWeights:
         """Those with the best validation loss; the current ones before the first evaluation."""
@@ -190,34 +165,8 @@ class Trainer:
         """Dropout's own randomness: other threads draw from the global one."""
         return torch.Generator(self.device).manual_seed((self.config.seed << 24) + step)
 
-    def _packs(self, corpus: Corpus, indices: list[int]) -> list[list[int]]:
-        lengths = corpus.lengths[indices].tolist()
-        slices = bounded_slices(lengths, self.config.max_slice_tokens)
-        return [[indices[position] for position in part] for part in slices]
-
     def _num_tokens(self, batch: list[int]) -> int:
         return int(self.train.lengths[batch].sum())
-
-    def _forward(self, corpus: Corpus, pack: list[int], route: TrainRouting) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summed loss and number of right guesses over the learned tokens of one pack.
-
-        Logits are computed for positions whose next token is learned, and no others: in small models they cost
-        more than a layer.
-        """
-        sequences = [corpus.sequence(index) for index in pack]
-        tokens = torch.cat([tokens[:-1] for tokens, _ in sequences]).to(self.device, torch.int64)
-        labels = torch.cat([tokens[1:] for tokens, _ in sequences]).to(self.device, torch.int64)
-        positions = torch.cat([learned[1:] for _, learned in sequences]).nonzero().squeeze(1).to(self.device)
-        lengths = [len(tokens) - 1 for tokens, _ in sequences]
-        options = {"logits_to_keep": positions} if self._takes_positions else {}
-        with routing(route), packed_sequences(lengths, self.device) as packed:
-            output = self.model(
-                input_ids=tokens[None], position_ids=packed.position_ids, use_cache=False, **options
-            )
-        logits = output.logits[0] if self._takes_positions else output.logits[0, positions]
-        labels = labels[positions]
-        loss = functional.cross_entropy(logits.float(), labels, reduction="sum")
-        return loss, (logits.detach().argmax(dim=-1) == labels).sum()
 
     def _apply(self, loss: float, accuracy: float, num_tokens: int) -> StepResult:
         """Clip, set the learning rate and move the masters, unless something is not finite."""

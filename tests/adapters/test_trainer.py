@@ -279,7 +279,7 @@ def test_a_validation_score_is_the_mean_over_all_learned_tokens(grafted: Grafted
     total, right, count = 0.0, 0, 0
     with torch.no_grad():
         for index in range(len(trainer.valid)):
-            loss, hits = trainer._forward(trainer.valid, [index], TrainRouting(trainer.adapter, training=False))
+            loss, hits = trainer.loss(trainer.valid, [index], TrainRouting(trainer.adapter, training=False))
             total, right = total + loss.item(), right + int(hits)
             count += int(trainer.valid.sequence(index)[1].sum())
     score = trainer.evaluate()
