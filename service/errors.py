@@ -8,7 +8,9 @@
     ├── NotFoundError             not there, or somebody else's: a tenant cannot tell which
     ├── TooLargeError             the body is over its limit
     ├── RateLimitError            this tenant asks too much at once; `retry_after` seconds
-    └── UnavailableError          the service cannot answer now; `retry_after` seconds
+    ├── UnavailableError          the service cannot answer now; `retry_after` seconds
+    ├── GenerationFailedError     the engine gave up on a sequence it had accepted
+    └── ClientDisconnectedError   the client has gone; nobody reads the answer
 
 Below them the table also places `adapters.errors.AdapterError` and `service.engine.errors.EngineError`.
 """
@@ -101,6 +103,18 @@ class UnavailableError(ServiceError):
         self.retry_after = retry_after
 
 
+class GenerationFailedError(ServiceError):
+    """The engine gave up on a sequence that it had accepted."""
+
+    code = "generation_failed"
+
+
+class ClientDisconnectedError(ServiceError):
+    """The client has gone; the answer is for the log only."""
+
+    code = "client_disconnected"
+
+
 STATUS: dict[type[Exception], tuple[int, str]] = {
     InvalidRequestError: (400, "invalid_request_error"),
     ConflictError: (400, "invalid_request_error"),
@@ -109,6 +123,8 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     NotFoundError: (404, "invalid_request_error"),
     TooLargeError: (413, "invalid_request_error"),
     RateLimitError: (429, "rate_limit_error"),
+    ClientDisconnectedError: (499, "invalid_request_error"),
+    GenerationFailedError: (500, "server_error"),
     UnavailableError: (503, "service_unavailable_error"),
     DatasetError: (400, "invalid_request_error"),
     AdapterFormatError: (400, "invalid_request_error"),
@@ -140,14 +156,10 @@ def wire_error(error: Exception) -> WireError:
     for kind in type(error).__mro__:
         if kind in STATUS:
             return _known(error, *STATUS[kind])
-    return WireError(
-        500, error_body("The server had an error while processing your request.", "server_error")
-    )
+    return WireError(500, error_body("The server had an error while processing your request.", "server_error"))
 
 
-def error_body(
-    message: str, error_type: str, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
+def error_body(message: str, error_type: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """The body of every failed answer, in OpenAI's shape."""
     return {"error": {"message": message, "type": error_type, "param": param, "code": code}}
 

@@ -19,7 +19,7 @@ from service.job import JobStatus
 from service.tenant_labels import TenantLabels
 
 if TYPE_CHECKING:
-    from service.engine.engine import EngineStats
+    from service.engine.observation import EngineStats
 
 TTFT_BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25),
@@ -73,10 +73,13 @@ class Metrics:
     def sequence_refused(self, request_id: str) -> None:
         self._origins.pop(request_id, None)
 
-    def request_finished(self, origin: Origin, tenant_id: str, outcome: str, seconds: float) -> None:
-        """Count one API request; `outcome` is success, rejected, aborted or error."""
+    def request_finished(self, origin: Origin, tenant_id: str | None, outcome: str, seconds: float) -> None:
+        """Count one API request; `outcome` is success, rejected, aborted or error. Refusals have no duration."""
         self._requests.labels(origin.operation, outcome).inc()
-        self._request_duration.labels(origin.operation).observe(seconds, origin.exemplar)
+        if outcome != "rejected":
+            self._request_duration.labels(origin.operation).observe(seconds, origin.exemplar)
+        if tenant_id is None:
+            return
         with self._tenant_labels.label(tenant_id) as label:
             self._tenant_requests.labels(label).inc()
 

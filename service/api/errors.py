@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from adapters.errors import AdapterError
+from service.api.schemas import UNSUPPORTED
 from service.engine.errors import EngineError
 from service.errors import InvalidRequestError, ServiceError, error_body, wire_error
 
@@ -61,7 +62,9 @@ def invalid_request(errors: Sequence[dict[str, object]]) -> InvalidRequestError:
     kind, reason = str(first["type"]), str(first["msg"]).removeprefix("Value error, ")
     location = first["loc"]
     assert isinstance(location, tuple)
-    param = field_path(location[1:]) or None
+    context = first.get("ctx")
+    blamed = context.get("param") if isinstance(context, dict) else None
+    param = field_path((*location[1:], blamed) if blamed else location[1:]) or None
     if kind == "json_invalid":
         return InvalidRequestError(
             f"We could not parse the JSON body of your request: {_json_reason(first)}.", code="invalid_json"
@@ -79,8 +82,10 @@ def invalid_request(errors: Sequence[dict[str, object]]) -> InvalidRequestError:
         return InvalidRequestError(
             f"Unrecognized request argument supplied: '{param}'.", param=param, code="unknown_parameter"
         )
-    if kind == "unsupported":
-        return InvalidRequestError(reason, param=param, code="unsupported_parameter")
+    if kind == UNSUPPORTED:
+        return InvalidRequestError(
+            f"Unsupported parameter: '{param}' is {reason}.", param=param, code="unsupported_parameter"
+        )
     code = "invalid_type" if kind.endswith("_type") else "invalid_value"
     return InvalidRequestError(f"Invalid value for '{param}': {reason}.", param=param, code=code)
 

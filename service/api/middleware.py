@@ -1,4 +1,4 @@
-"""What surrounds every request: its id, its size limit, one log line, and no traceback. Knows no route."""
+"""What surrounds every request: its id, its size limit, one log line, its metrics, and no traceback."""
 
 from __future__ import annotations
 
@@ -12,15 +12,29 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import error_response
 from service.errors import TooLargeError
+from service.metrics import Metrics, Origin
 
 log = structlog.get_logger("service.http")
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
+CLIENT_CLOSED_REQUEST = 499
+
 UPLOAD_PATH = "/v1/files"
 MULTIPART_OVERHEAD_BYTES = 64 * 1024
 """Boundaries and form fields around an uploaded file."""
+
+OPERATIONS = {
+    "/v1/chat/": "chat",
+    "/v1/completions": "completions",
+    "/v1/files": "files",
+    "/v1/fine_tuning/": "fine_tuning",
+    "/v1/models": "models",
+    "/v1/aliases": "aliases",
+    "/v1/admin/": "admin",
+}
+"""Prefix of the path -> the metric label `operation`; anything else is `other`."""
 
 
 class RequestMiddleware:
@@ -29,8 +43,9 @@ class RequestMiddleware:
     A body over its limit is a 413, an exception nobody expected a 500; both in OpenAI's shape.
     """
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int, max_file_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, max_body_bytes: int, max_file_bytes: int) -> None:
         self._app = app
+        self._metrics = metrics
         self._max_body_bytes = max_body_bytes
         self._max_upload_bytes = max_file_bytes + MULTIPART_OVERHEAD_BYTES
 
@@ -49,7 +64,7 @@ class RequestMiddleware:
             if exchange.status is None:
                 await error_response(RuntimeError())(scope, receive, exchange.send)
         finally:
-            exchange.log()
+            exchange.finish(self._metrics)
 
     def _limit(self, scope: Scope) -> int:
         uploads = scope["method"] == "POST" and scope["path"] == UPLOAD_PATH
@@ -89,20 +104,33 @@ class _Exchange:
             MutableHeaders(scope=message)["x-request-id"] = self.request_id
         await self._send(message)
 
-    def log(self) -> None:
+    def finish(self, metrics: Metrics) -> None:
+        """Log and count it."""
+        state, path = self._scope["state"], self._scope["path"]
+        seconds = time.perf_counter() - self._start
+        outcome = state.get("outcome") or _outcome(self.status)
+        operation = next((label for prefix, label in OPERATIONS.items() if path.startswith(prefix)), "other")
+        metrics.request_finished(Origin(operation, state["trace_id"]), state.get("tenant_id"), outcome, seconds)
         log.info(
             "request",
             request_id=self.request_id,
             method=self._scope["method"],
-            path=self._scope["path"],
+            path=path,
             status=self.status,
-            tenant=self._scope["state"].get("tenant_id"),
-            seconds=round(time.perf_counter() - self._start, 4),
+            outcome=outcome,
+            tenant=state.get("tenant_id"),
+            seconds=round(seconds, 4),
         )
 
     def _check(self, num_bytes: int) -> None:
         if num_bytes > self._max_bytes:
             raise TooLargeError(f"The request body is over the limit of {self._max_bytes} bytes.")
+
+
+def _outcome(status: int | None) -> str:
+    if status is None or status == CLIENT_CLOSED_REQUEST:
+        return "aborted"
+    return "success" if status < 400 else "rejected" if status < 500 else "error"
 
 
 def _request_id(sent: str | None) -> str:

@@ -1,0 +1,221 @@
+"""What a generation request may say, and the bounds of it. Knows no engine.
+
+A field this service does not know is a 400 that names it. A field of OpenAI's that is not supported yet is
+accepted only at a value that asks for nothing (`tools: null`, `best_of: 1`), listed in `unsupported`.
+Accepted and without effect, because nothing observable would differ: `user`, `safety_identifier`, `metadata`,
+`prompt_cache_key` and `prompt_cache_retention` (hints), `store: false`, `service_tier: auto | default`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+MAX_CHOICES = 128
+MAX_STOP_STRINGS = 4
+MAX_INT64 = 2**63 - 1
+UNSUPPORTED = "unsupported"
+"""pydantic's `type` of the complaint about a field that is missing here."""
+
+
+class WireModel(BaseModel):
+    """Strict: no coercion, no unknown field, no NaN. Names what it does not support yet."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+    """OpenAI's fields that are missing here, each with the values that ask for nothing; null always does."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, body: object) -> object:
+        if not isinstance(body, dict):
+            return body
+        for name in cls.unsupported.keys() & body.keys():
+            value = body[name]
+            if value is not None and not any(_same(value, harmless) for harmless in cls.unsupported[name]):
+                raise PydanticCustomError(UNSUPPORTED, "not supported yet", {"param": name})
+        return {name: value for name, value in body.items() if name not in cls.unsupported}
+
+
+def field_error(param: str, reason: str) -> PydanticCustomError:
+    """A complaint of a model validator that names the field to blame."""
+    return PydanticCustomError("field", "{reason}", {"reason": reason, "param": param})
+
+
+def _same(value: object, harmless: object) -> bool:
+    return value == harmless and type(value) is type(harmless)  # 0 is not False
+
+
+def _one_or_many(value: object) -> object:
+    """`"x"` as `["x"]`, so that a complaint names the field and no branch of a union."""
+    return [value] if isinstance(value, str) else value
+
+
+def _no_empty_string(value: list[str] | None) -> list[str] | None:
+    if value is not None and "" in value:
+        raise ValueError("a stop sequence may not be empty")
+    return value
+
+
+StopStrings = Annotated[
+    list[str] | None,
+    Field(max_length=MAX_STOP_STRINGS),
+    BeforeValidator(_one_or_many),
+    AfterValidator(_no_empty_string),
+]
+
+
+class StreamOptions(WireModel):
+    include_usage: bool | None = None
+
+    unsupported = {"include_obfuscation": (False,)}
+
+
+class GenerationParams(WireModel):
+    """What chat and completions share: OpenAI's sampling parameters, then the extensions of vLLM."""
+
+    model: str = Field(min_length=1, max_length=512)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    seed: int | None = Field(None, ge=-MAX_INT64 - 1, le=MAX_INT64)
+    stop: StopStrings = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    top_k: int | None = Field(None, ge=0)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    ignore_eos: bool | None = None
+    priority: int | None = Field(None, ge=-1000, le=1000)
+
+    unsupported = {"logit_bias": ({},)}
+
+    @model_validator(mode="after")
+    def _stream_options_need_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise field_error("stream_options", "only allowed when 'stream' is true")
+        return self
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class TextPart(WireModel):
+    type: Literal["text"]
+    text: str
+
+
+def _text_parts(value: object) -> object:
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    if not isinstance(value, list):
+        raise ValueError("must be a string or a list of text parts")
+    return value
+
+
+class Message(WireModel):
+    """A message of the conversation; `content` as a string or as text parts."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[TextPart], Field(min_length=1), BeforeValidator(_text_parts)]
+
+    unsupported = {
+        "name": (),
+        "refusal": (),
+        "tool_calls": ([],),
+        "tool_call_id": (),
+        "function_call": (),
+        "audio": (),
+        "annotations": ([],),
+    }
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.content)
+
+
+class ChatRequest(GenerationParams):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    metadata: dict[str, str] | None = Field(None, max_length=16)
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+    unsupported = {
+        **GenerationParams.unsupported,
+        "audio": (),
+        "function_call": ("none",),
+        "functions": ([],),
+        "modalities": (["text"],),
+        "moderation": (),
+        "parallel_tool_calls": (),
+        "prediction": (),
+        "prompt_cache_options": (),
+        "reasoning_effort": ("none",),
+        "response_format": ({"type": "text"},),
+        "store": (False,),
+        "tool_choice": ("none",),
+        "tools": ([],),
+        "verbosity": (),
+        "web_search_options": (),
+    }
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise field_error("top_logprobs", "only allowed when 'logprobs' is true")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise field_error("max_tokens", "set either 'max_tokens' or 'max_completion_tokens', not both")
+        return self
+
+
+def _prompts(value: object) -> object:
+    """Every way to write prompts as a list of strings or of token lists."""
+    if isinstance(value, str) or (isinstance(value, list) and value and _is_token(value[0])):
+        return [value]
+    return value
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_prompts(value: object) -> list[str] | list[list[int]]:
+    if not isinstance(value, list) or not value:
+        raise ValueError("must be a string, a list of strings, a list of tokens or a list of lists of tokens")
+    if all(isinstance(prompt, str) for prompt in value):
+        return value
+    for prompt in value:
+        if not isinstance(prompt, list) or not prompt or not all(_is_token(token) for token in prompt):
+            raise ValueError("must hold either strings only or non-empty lists of tokens only")
+    return value
+
+
+class CompletionRequest(GenerationParams):
+    """Body of POST /v1/completions, OpenAI's legacy endpoint."""
+
+    prompt: Annotated[Any, BeforeValidator(_prompts), AfterValidator(_check_prompts)]
+    logprobs: int | None = Field(None, ge=0, le=5)
+
+    unsupported = {**GenerationParams.unsupported, "best_of": (1,), "echo": (False,), "suffix": ("",)}
