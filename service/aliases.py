@@ -49,8 +49,9 @@ class Alias:
 
 
 class Aliases:
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, base_model: str) -> None:
         self._database = database
+        self._base_model = base_model
 
     def list(self, tenant_id: str) -> list[Alias]:
         """By name."""
@@ -64,7 +65,7 @@ class Aliases:
 
     def set(self, tenant_id: str, name: str, model: str) -> Alias:
         """Point `name` at one of the tenant's own versions or checkpoints; setting it again is no move."""
-        check_alias_name(name)
+        check_alias_name(name, self._base_model)
         with self._database.begin() as connection:
             lock_tenant(connection, tenant_id)
             if find_version(connection, tenant_id, model) is None:
@@ -97,8 +98,10 @@ class Aliases:
             return _get(connection, tenant_id, name)
 
 
-def check_alias_name(name: str) -> None:
-    """Raises InvalidRequestError for a name that no alias may have."""
+def check_alias_name(name: str, base_model: str) -> None:
+    """Raises InvalidRequestError for a name that no alias may have: the base's own would never be reached."""
+    if name == base_model:
+        raise InvalidRequestError(f"'{name}' is the base model and cannot be an alias.", param="alias")
     if not re.fullmatch(ALIAS_PATTERN, name):
         raise InvalidRequestError(
             f"'{name}' is no alias: use 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first.",

@@ -74,6 +74,7 @@ class Files:
         expires_after_seconds: int | None = None,
     ) -> File:
         """Durable when it returns: content fsynced, row committed. Raises TooLargeError above `max_bytes`."""
+        self.remove_expired()
         staged = self.stage(tenant_id, filename, purpose, chunks)
         try:
             with self._database.begin() as connection:

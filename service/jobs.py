@@ -79,7 +79,7 @@ class Jobs:
         Raises InvalidRequestError for a file that is missing or not for fine-tuning.
         """
         if spec.alias is not None:
-            check_alias_name(spec.alias)
+            check_alias_name(spec.alias, spec.base_model)
         with self._database.begin() as connection:
             lock_tenant(connection, tenant_id)
             twin = _find_twin(connection, tenant_id, idempotency)

@@ -42,7 +42,7 @@ class Registry:
     def __init__(self, database: Database, base: BaseIdentity) -> None:
         self._database = database
         self.base = base
-        self.aliases = Aliases(database)
+        self.aliases = Aliases(database, base.name)
 
     def resolve(self, tenant_id: str, model: str) -> ResolvedModel:
         """What base id, version id, checkpoint id or alias `model` is, for use in a request.

@@ -1,0 +1,59 @@
+"""/v1/aliases: a tenant's stable names for its models, with history and rollback."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Depends
+from pydantic import Field
+
+from service.aliases import Alias
+from service.api.auth import TenantDep
+from service.api.pages import list_body, only_query
+from service.api.schemas import WireModel
+from service.api.services import ServicesDep
+
+router = APIRouter(prefix="/v1/aliases", tags=["aliases"])
+
+
+class AliasRequest(WireModel):
+    model: str = Field(min_length=1, max_length=512)
+
+
+@router.get("", dependencies=[Depends(only_query())])
+def list_aliases(tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
+    return list_body([alias_body(alias) for alias in services.registry.aliases.list(tenant.id)])
+
+
+@router.put("/{alias}")
+def set_alias(alias: str, body: AliasRequest, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
+    return alias_body(services.registry.aliases.set(tenant.id, alias, body.model))
+
+
+@router.get("/{alias}")
+def get_alias(alias: str, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
+    return alias_body(services.registry.aliases.get(tenant.id, alias))
+
+
+@router.delete("/{alias}")
+def delete_alias(alias: str, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
+    services.registry.aliases.delete(tenant.id, alias)
+    return {"id": alias, "object": "alias", "deleted": True}
+
+
+@router.post("/{alias}/rollback")
+def roll_back_alias(alias: str, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
+    return alias_body(services.registry.aliases.roll_back(tenant.id, alias))
+
+
+def alias_body(alias: Alias) -> dict[str, Any]:
+    return {
+        "id": alias.name,
+        "object": "alias",
+        "model": alias.model,
+        "digest": alias.digest,
+        "updated_at": int(alias.updated_at),
+        "history": [
+            {"model": move.model, "kind": move.kind, "created_at": int(move.created_at)} for move in alias.history
+        ],
+    }

@@ -1,0 +1,118 @@
+"""What `POST /v1/fine_tuning/jobs` may say, and the bounds of it. Knows no table and no trainer.
+
+The hyperparameters after OpenAI's three, and `alias`, are extensions; the official client sends them as plain
+dictionary entries and through `extra_body`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, StringConstraints, WrapValidator, model_validator
+from pydantic_core import PydanticCustomError
+
+from service import job
+from service.api.schemas import WireModel, unsupported
+
+MAX_SEED = 2**31 - 1
+MAX_METADATA_PAIRS = 16
+
+
+def _auto_or(value: Any, validate: Callable[[Any], Any]) -> Any:
+    """ "auto", or the number: a union would complain about two branches instead of one field."""
+    return value if value == "auto" else validate(value)
+
+
+def _only_supervised(value: object) -> object:
+    if value in ("dpo", "reinforcement"):
+        raise PydanticCustomError("unsupported", "This method is not supported yet; only 'supervised' is.")
+    return value
+
+
+def _modules(value: object) -> object:
+    return [value] if value == "all-linear" else value
+
+
+_Auto = WrapValidator(_auto_or)
+AutoCount = Annotated[int, Field(ge=1), _Auto]
+AutoPositive = Annotated[float, Field(gt=0), _Auto]
+ModuleName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+FileId = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+
+
+class Hyperparameters(WireModel):
+    n_epochs: Annotated[int, Field(ge=1, le=50), _Auto] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=256), _Auto] | None = None
+    learning_rate_multiplier: AutoPositive | None = None
+    learning_rate: Annotated[float, Field(gt=0, le=1), _Auto] | None = None
+    lora_r: AutoCount | None = None
+    lora_alpha: AutoPositive | None = None
+    lora_dropout: Annotated[float, Field(ge=0, lt=1), _Auto] | None = None
+    target_modules: (
+        Annotated[list[ModuleName], Field(min_length=1, max_length=256), BeforeValidator(_modules)] | None
+    ) = None
+    use_rslora: bool | None = None
+    eval_every: AutoCount | None = None
+    early_stopping_patience: AutoCount | None = None
+
+    @model_validator(mode="after")
+    def _one_learning_rate(self) -> Self:
+        given = [value for value in (self.learning_rate, self.learning_rate_multiplier) if value not in (None, "auto")]
+        if len(given) > 1:
+            raise ValueError("give either learning_rate or learning_rate_multiplier, not both")
+        return self
+
+    def requested(self) -> job.Hyperparameters:
+        """As the job keeps them. `early_stopping_patience: null` switches early stopping off; null elsewhere asks
+        for the default."""
+        values = {name: value for name, value in self if value is not None}
+        if "early_stopping_patience" in self.model_fields_set:
+            values["early_stopping_patience"] = self.early_stopping_patience
+        if (modules := values.get("target_modules")) is not None:
+            values["target_modules"] = "all-linear" if modules == ["all-linear"] else tuple(modules)
+        return job.Hyperparameters(**values)
+
+
+class Supervised(WireModel):
+    hyperparameters: Hyperparameters | None = None
+
+
+class Method(WireModel):
+    type: Annotated[Literal["supervised"], BeforeValidator(_only_supervised)]
+    supervised: Supervised | None = None
+    dpo: unsupported() = None
+    reinforcement: unsupported() = None
+
+
+class JobRequest(WireModel):
+    """The body of `POST /v1/fine_tuning/jobs`."""
+
+    model: str = Field(min_length=1, max_length=512)
+    training_file: FileId
+    validation_file: FileId | None = None
+    suffix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}\z")] | None = None
+    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    method: Method | None = None
+    hyperparameters: Hyperparameters | None = None
+    integrations: unsupported([]) = None
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA_PAIRS)] | None = None
+    alias: str | None = None
+
+    @model_validator(mode="after")
+    def _hyperparameters_once(self) -> Self:
+        if self.hyperparameters is not None and self.method_hyperparameters is not None:
+            raise ValueError("give hyperparameters once: under method.supervised, or at the top level (deprecated)")
+        return self
+
+    @property
+    def method_hyperparameters(self) -> Hyperparameters | None:
+        supervised = None if self.method is None else self.method.supervised
+        return None if supervised is None else supervised.hyperparameters
+
+    @property
+    def requested(self) -> job.Hyperparameters:
+        given = self.method_hyperparameters or self.hyperparameters or Hyperparameters()
+        return given.requested()
