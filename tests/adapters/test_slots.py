@@ -1,0 +1,203 @@
+"""Slots: pinned while in use, least recently used out first, loads beside the loop, exact contents."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from adapters.errors import AdapterFormatError, NoFreeSlotError
+from adapters.lora import BatchedLoraLinear, LoraPart, SlotRouting, plan_rows, routing
+from adapters.peft_format import BaseSignature, LinearShape, LoraSpec, LoraWeights
+from adapters.slots import AdapterSlots, HostCache
+from tests.adapters.loras import random_lora
+
+BASE = BaseSignature({"q": LinearShape(64, 32), "k": LinearShape(64, 16), "out": LinearShape(48, 64)}, "f")
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+        self.evicted: list[str] = []
+        self.failed: list[str] = []
+
+    def adapter_loaded(self, tier: str, seconds: float) -> None:
+        self.loaded.append(tier)
+
+    def adapter_evicted(self, reason: str) -> None:
+        self.evicted.append(reason)
+
+    def adapter_verify_failed(self, reason: str) -> None:
+        self.failed.append(reason)
+
+
+class Fixture:
+    def __init__(self, num_slots: int = 2, max_rank: int = 32) -> None:
+        self.weights: dict[str, LoraWeights] = {}
+        self.ready = threading.Event()
+        self.recorder = Recorder()
+        qk = nn.Linear(64, 48, bias=False).requires_grad_(False)
+        out = nn.Linear(48, 64, bias=False).requires_grad_(False)
+        self.qk = BatchedLoraLinear(qk, 64, (LoraPart("q", 32), LoraPart("k", 16)))
+        self.out = BatchedLoraLinear(out, 48, (LoraPart("out", 64),))
+        self.host = HostCache(self.load, 4, self.recorder, self.ready.set)
+        self.slots = AdapterSlots(
+            [self.qk, self.qk, self.out],
+            num_slots=num_slots,
+            max_rank=max_rank,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            host=self.host,
+            observer=self.recorder,
+        )
+
+    def load(self, digest: str) -> LoraWeights:
+        if digest not in self.weights:
+            raise AdapterFormatError("flipped byte", check="digest")
+        return self.weights[digest]
+
+    def add(self, digest: str, seed: int, **spec: object) -> None:
+        self.weights[digest] = random_lora(BASE, seed=seed, spec=LoraSpec(**{"r": 8, **spec}))  # type: ignore[arg-type]
+
+    def acquire(self, digest: str) -> int:
+        """As the engine does it: ask, sleep until something arrived, ask again."""
+        while (slot := self.slots.acquire(digest)) is None:
+            assert self.ready.wait(10)
+            self.ready.clear()
+        return slot
+
+
+@pytest.fixture
+def fixture() -> Iterator[Fixture]:
+    made = Fixture()
+    yield made
+    made.host.close()
+
+
+def expected(site: BatchedLoraLinear, weights: LoraWeights | None, x: torch.Tensor) -> torch.Tensor:
+    """The slow reference: one row, part by part."""
+    y = site.base(x)
+    pieces = list(y.split([p.out_features for p in site.parts], dim=-1))
+    for index, part in enumerate(site.parts):
+        if weights is not None and (pair := weights.modules.get(part.name)):
+            pieces[index] = pieces[index] + x @ pair.a.T @ pair.b.T * pair.scaling
+    return torch.cat(pieces, dim=-1)
+
+
+def test_rows_of_any_mix_get_their_own_adapter(fixture: Fixture) -> None:
+    fixture.add("a", 1, target_modules=("q", "out"), r=4)
+    fixture.add("b", 2, r=20, use_rslora=True)
+    slot = {None: None, "a": fixture.acquire("a"), "b": fixture.acquire("b")}
+    x = torch.randn(7, 64)
+    mixes: list[list[str | None]] = [
+        ["a"] * 7,
+        ["a", "b"] * 3 + ["a"],
+        [None] * 7,
+        ["b", None, "b", "b", None, "a", "a"],
+    ]
+    for mix in mixes:
+        with torch.no_grad(), routing(SlotRouting(plan_rows([slot[m] for m in mix]), [])):
+            got = fixture.qk(x)
+        for row, name in enumerate(mix):
+            want = expected(fixture.qk, fixture.weights[name] if name else None, x[row : row + 1])[0]
+            torch.testing.assert_close(got[row], want, atol=1e-5, rtol=1e-4)
+
+
+def test_a_row_has_the_same_bits_alone_and_in_every_mix(fixture: Fixture) -> None:
+    fixture.add("a", 1)
+    fixture.add("b", 2)
+    slots = [fixture.acquire("a"), fixture.acquire("b")]
+    x = torch.randn(40, 64)
+    with torch.no_grad():
+        base = fixture.qk.base(x)
+        alone = []
+        for row in range(40):
+            y = torch.zeros(1, 48)
+            alone.append(SlotRouting(plan_rows([slots[row % 2]]), []).apply(fixture.qk, x[row : row + 1], y))
+        crowd = SlotRouting(plan_rows([slots[row % 2] for row in range(40)]), []).apply(
+            fixture.qk, x, torch.zeros(40, 48)
+        )
+    assert base.shape == crowd.shape
+    assert torch.equal(torch.cat(alone), crowd)
+
+
+def test_a_slot_in_use_is_never_loaded_over(fixture: Fixture) -> None:
+    for index, name in enumerate("abc"):
+        fixture.add(name, index)
+    fixture.acquire("a")
+    fixture.acquire("b")
+    with pytest.raises(NoFreeSlotError):
+        fixture.acquire("c")
+    fixture.slots.release("a")
+    assert fixture.acquire("c") is not None
+    assert set(fixture.slots.resident()) == {"b", "c"}
+    assert fixture.recorder.evicted == ["capacity"]
+
+
+def test_the_least_recently_used_goes_first(fixture: Fixture) -> None:
+    for index, name in enumerate("abc"):
+        fixture.add(name, index)
+    for name in ("a", "b", "a"):
+        fixture.acquire(name)
+        fixture.slots.release(name)
+    fixture.acquire("c")
+    assert fixture.slots.resident() == ["a", "c"]
+
+
+def test_a_deleted_adapter_leaves_with_its_last_reference(fixture: Fixture) -> None:
+    fixture.add("a", 1)
+    fixture.acquire("a")
+    fixture.slots.retire("a")
+    assert fixture.slots.resident() == ["a"]
+    fixture.slots.release("a")
+    assert fixture.slots.resident() == []
+    assert fixture.host.digests() == []
+
+
+def test_a_reused_slot_keeps_nothing_of_the_adapter_before(fixture: Fixture) -> None:
+    fixture.add("wide", 1, r=16)
+    fixture.add("narrow", 2, r=4, target_modules=("k",))
+    fixture.add("other", 3)
+    fixture.acquire("other")
+    fixture.acquire("wide")
+    fixture.slots.release("wide")
+    slot = fixture.acquire("narrow")
+    x = torch.randn(1, 64)
+    with torch.no_grad(), routing(SlotRouting(plan_rows([slot]), [])):
+        got, out = fixture.qk(x), fixture.out(torch.ones(1, 48))
+    torch.testing.assert_close(got, expected(fixture.qk, fixture.weights["narrow"], x), atol=1e-5, rtol=1e-4)
+    assert torch.equal(out, fixture.out.base(torch.ones(1, 48)))
+
+
+def test_growing_the_tables_for_a_wider_adapter_keeps_those_inside(fixture: Fixture) -> None:
+    fixture.add("a", 1, r=8)
+    fixture.add("wide", 2, r=30)
+    slot = fixture.acquire("a")
+    fixture.acquire("wide")
+    x = torch.randn(1, 64)
+    with torch.no_grad(), routing(SlotRouting(plan_rows([slot]), [])):
+        torch.testing.assert_close(fixture.qk(x), expected(fixture.qk, fixture.weights["a"], x), atol=1e-5, rtol=1e-4)
+
+
+def test_a_load_that_fails_is_told_once_and_tried_again(fixture: Fixture) -> None:
+    with pytest.raises(AdapterFormatError, match="flipped"):
+        fixture.acquire("late")
+    assert fixture.recorder.failed == ["digest"]
+    fixture.add("late", 1)
+    assert fixture.acquire("late") is not None
+
+
+def test_a_rank_above_the_limit_is_refused(fixture: Fixture) -> None:
+    fixture.add("huge", 1, r=33)
+    with pytest.raises(AdapterFormatError) as refusal:
+        fixture.acquire("huge")
+    assert refusal.value.check == "rank"
+    assert fixture.slots.resident() == []
+
+
+def test_neighbouring_slots_and_equal_slots_share_a_matmul() -> None:
+    runs = plan_rows([None, 0, 0, 1, 2, 5, None, 5])
+    assert [(r.start, r.stop, list(r.slots)) for r in runs] == [(1, 3, [0]), (3, 5, [1, 2]), (5, 6, [5]), (7, 8, [5])]
