@@ -6,14 +6,13 @@ dictionary entries and through `extra_body`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, StringConstraints, WrapValidator, model_validator
-from pydantic_core import PydanticCustomError
 
 from service import job
-from service.api.schemas import WireModel, unsupported
+from service.api.schemas import WireModel, field_error
 
 MAX_SEED = 2**31 - 1
 MAX_METADATA_PAIRS = 16
@@ -24,10 +23,8 @@ def _auto_or(value: Any, validate: Callable[[Any], Any]) -> Any:
     return value if value == "auto" else validate(value)
 
 
-def _only_supervised(value: object) -> object:
-    if value in ("dpo", "reinforcement"):
-        raise PydanticCustomError("unsupported", "This method is not supported yet; only 'supervised' is.")
-    return value
+def _number(value: object) -> bool:
+    return isinstance(value, int | float)
 
 
 def _modules(value: object) -> object:
@@ -60,9 +57,8 @@ class Hyperparameters(WireModel):
 
     @model_validator(mode="after")
     def _one_learning_rate(self) -> Self:
-        given = [value for value in (self.learning_rate, self.learning_rate_multiplier) if value not in (None, "auto")]
-        if len(given) > 1:
-            raise ValueError("give either learning_rate or learning_rate_multiplier, not both")
+        if _number(self.learning_rate) and _number(self.learning_rate_multiplier):
+            raise field_error("learning_rate_multiplier", "give either this or 'learning_rate', not both")
         return self
 
     def requested(self) -> job.Hyperparameters:
@@ -81,10 +77,10 @@ class Supervised(WireModel):
 
 
 class Method(WireModel):
-    type: Annotated[Literal["supervised"], BeforeValidator(_only_supervised)]
+    type: Literal["supervised"]
     supervised: Supervised | None = None
-    dpo: unsupported() = None
-    reinforcement: unsupported() = None
+
+    unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {"dpo": (), "reinforcement": ()}
 
 
 class JobRequest(WireModel):
@@ -97,14 +93,15 @@ class JobRequest(WireModel):
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None
-    integrations: unsupported([]) = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA_PAIRS)] | None = None
     alias: str | None = None
+
+    unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {"integrations": ([],)}
 
     @model_validator(mode="after")
     def _hyperparameters_once(self) -> Self:
         if self.hyperparameters is not None and self.method_hyperparameters is not None:
-            raise ValueError("give hyperparameters once: under method.supervised, or at the top level (deprecated)")
+            raise field_error("hyperparameters", "deprecated, and given under 'method' already")
         return self
 
     @property
