@@ -46,8 +46,14 @@ def closure(requirements: list[Requirement]) -> dict[str, Version]:
             continue
         seen.add(key)
         pinned[name] = _installed(requirement)
-        pending += [_under(Requirement(line), requirement.extras) for line in distribution(name).requires or []]
+        needed = [Requirement(line) for line in distribution(name).requires or []]
+        pending += [_under(child, requirement.extras) for child in needed if not (name == "torch" and _exact(child))]
     return pinned
+
+
+def _exact(requirement: Requirement) -> bool:
+    """torch's CUDA build pins its own libraries, which its CPU build does not have."""
+    return any(specifier.operator == "==" for specifier in requirement.specifier)
 
 
 def _applies(requirement: Requirement) -> bool:
