@@ -46,9 +46,7 @@ class Settings(BaseSettings):
     )
 
     base: str = Field(str(BUNDLED_BASE), description="Base model: a local directory or a hub id.")
-    base_name: str | None = Field(
-        None, description="Model id clients see for the base; unset, the base decides."
-    )
+    base_name: str | None = Field(None, description="Model id clients see for the base; unset, the base decides.")
     quantization: Literal["nf4", "int8", "none"] = Field("nf4", description="How the base is held in memory.")
     device: str | None = Field(None, description="cpu, cuda, cuda:1 …; unset, CUDA when there is one.")
     max_model_len: int | None = Field(
@@ -71,6 +69,7 @@ class Settings(BaseSettings):
     )
     max_lora_slots: int = Field(32, ge=1, description="Adapters resident on the device at once.")
     max_lora_rank: int = Field(64, ge=1, le=1024, description="Largest adapter rank accepted.")
+    max_host_adapters: int = Field(256, ge=1, description="Adapters kept in host memory, ready for a slot.")
     max_waiting: int = Field(1024, ge=1, description="Requests that may wait before new ones get a 503.")
 
     training: bool = Field(True, description="Run fine-tuning jobs in this process.")
@@ -86,9 +85,7 @@ class Settings(BaseSettings):
     stall_seconds: float = Field(
         60.0, ge=1.0, description="/livez fails when there is work but no engine step for so long."
     )
-    router_aliases: bool = Field(
-        False, description="Also export the vllm:* names that inference routers scrape."
-    )
+    router_aliases: bool = Field(False, description="Also export the vllm:* names that inference routers scrape.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
     log_format: Literal["text", "json"] = Field("text", description="Log lines for people or for machines.")
 
@@ -113,9 +110,7 @@ class Settings(BaseSettings):
         return self.storage_url or str(self.data_dir.resolve() / "storage")
 
 
-def load_settings(
-    overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
-) -> Settings:
+def load_settings(overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> Settings:
     """Settings from the environment, `overrides` winning. Raises SettingsError naming what is wrong."""
     unknown = _unknown_variables(os.environ if environ is None else environ)
     if unknown:

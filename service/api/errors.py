@@ -83,9 +83,7 @@ def invalid_request(errors: Sequence[dict[str, object]]) -> InvalidRequestError:
             f"Unrecognized request argument supplied: '{param}'.", param=param, code="unknown_parameter"
         )
     if kind == UNSUPPORTED:
-        return InvalidRequestError(
-            f"Unsupported parameter: '{param}' is {reason}.", param=param, code="unsupported_parameter"
-        )
+        return InvalidRequestError(f"Unsupported: '{param}' is {reason}.", param=param, code="unsupported_parameter")
     code = "invalid_type" if kind.endswith("_type") else "invalid_value"
     return InvalidRequestError(f"Invalid value for '{param}': {reason}.", param=param, code=code)
 

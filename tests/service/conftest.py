@@ -1,5 +1,6 @@
 """Fixtures of everything under `service`."""
 
-from tests.service.control_fixtures import control, database, database_url, postgres_server
+from tests.service.control_fixtures import control, database, database_url, postgres_server, postgres_url
+from tests.service.http_fixtures import served, shared_service
 
-__all__ = ["control", "database", "database_url", "postgres_server"]
+__all__ = ["control", "database", "database_url", "postgres_server", "served", "shared_service"]

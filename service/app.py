@@ -1,0 +1,111 @@
+"""Wires everything, once: the collaborators, the routes, the order in which they start and stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from fastapi import FastAPI
+from pydantic import SecretStr
+
+from adapters.peft_format import LoraWeights, read_adapter
+from adapters.store import AdapterStore
+from service.api import adapters, admin, aliases, chat, completions, files, fine_tuning, models
+from service.api.errors import install_error_handlers
+from service.api.middleware import RequestMiddleware
+from service.api.services import Services
+from service.config import Settings
+from service.database import connect
+from service.engine.base_model import BaseModel, Quantization, load_base_model
+from service.engine.engine import Engine, EngineConfig
+from service.files import Files
+from service.job_queue import JobQueue
+from service.jobs import Jobs
+from service.metrics import Metrics
+from service.registry import BaseIdentity, Registry
+from service.tenants import Tenants
+
+
+def create_app(services: Services) -> FastAPI:
+    """The API. It starts and stops nothing: `open_services` does."""
+    app = FastAPI(title="Rootstock", docs_url=None, redoc_url=None)
+    app.state.services = services
+    for module in (chat, completions, files, fine_tuning, models, adapters, aliases, admin):
+        app.include_router(module.router)
+    install_error_handlers(app)
+    app.add_middleware(
+        RequestMiddleware,
+        metrics=services.metrics,
+        max_body_bytes=services.settings.max_body_bytes,
+        max_file_bytes=services.settings.max_file_bytes,
+    )
+    return app
+
+
+@contextmanager
+def open_services(settings: Settings, metrics: Metrics, admin_key: SecretStr) -> Iterator[Services]:
+    """Everything the routes need, running; stopped in the opposite order.
+
+    Takes as long as the base takes to load. Raises ServiceError, AdapterError or EngineError with a message for
+    the operator when something cannot be opened.
+    """
+    with ExitStack() as stack:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        database = connect(settings.resolved_database_url)
+        stack.callback(database.close)
+        storage = settings.resolved_storage_url.rstrip("/")
+        store = AdapterStore(f"{storage}/adapters", settings.data_dir / "cache" / "adapters")
+        files_ = Files(database, f"{storage}/files", max_bytes=settings.max_file_bytes)
+        base = load_base_model(
+            settings.base,
+            quantization=Quantization(settings.quantization),
+            device=settings.device,
+            name=settings.base_name,
+            max_model_len=settings.max_model_len,
+        )
+        registry = Registry(database, BaseIdentity(base.name, base.fingerprint))
+        engine = Engine(base, _adapter_source(store, base, settings), _engine_config(settings), metrics)
+        engine.start()
+        stack.callback(engine.shutdown, 0.0)
+        metrics.watch_engine(engine.stats)
+        queue = JobQueue(database, lease_seconds=settings.lease_seconds, observer=metrics)
+        metrics.watch_leases(queue.max_lease_age_seconds)
+        services = Services(
+            settings=settings,
+            admin_key=admin_key,
+            base=base,
+            engine=engine,
+            metrics=metrics,
+            tenants=Tenants(database),
+            files=files_,
+            jobs=Jobs(database, metrics),
+            registry=registry,
+            store=store,
+        )
+        if settings.training:
+            from service.tuning import TuningWorker
+
+            worker = TuningWorker(queue, files_, store, registry, engine, settings, metrics)
+            worker.start()
+            stack.callback(worker.stop)
+        yield services
+
+
+def _adapter_source(store: AdapterStore, base: BaseModel, settings: Settings) -> Callable[[str], LoraWeights]:
+    def load(digest: str) -> LoraWeights:
+        return read_adapter(store.directory(digest), base.signature, max_rank=settings.max_lora_rank)
+
+    return load
+
+
+def _engine_config(settings: Settings) -> EngineConfig:
+    return EngineConfig(
+        kv_cache_bytes=settings.kv_cache_bytes,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        prefill_chunk=settings.prefill_chunk,
+        max_lora_slots=settings.max_lora_slots,
+        max_lora_rank=settings.max_lora_rank,
+        max_host_adapters=settings.max_host_adapters,
+        max_waiting=settings.max_waiting,
+    )

@@ -1,0 +1,50 @@
+"""How log lines look: structlog's and the standard library's alike, for people or as JSON. Knows no event.
+
+Events are named by an action and carry ids; prompts, answers and keys are never logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Literal
+
+import structlog
+from structlog.typing import Processor
+
+
+def configure_logging(level: str, log_format: Literal["text", "json"]) -> None:
+    """Send everything of at least `level` to stderr. Called once, by the command that serves."""
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.ExtraAdder(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=_rendering(log_format))
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    for name in ("httpx", "httpcore", "uvicorn", "fsspec", "urllib3"):  # talkative at info
+        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+
+
+def _rendering(log_format: Literal["text", "json"]) -> list[Processor]:
+    cleanup: Processor = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    if log_format == "json":
+        return [cleanup, structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    return [cleanup, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]

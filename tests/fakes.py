@@ -1,0 +1,177 @@
+"""Stand-ins that implement the true interfaces, deterministically and at once. Nothing here loads torch."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from service.engine.errors import EngineError, RequestRejectedError
+from service.engine.observation import EngineObserver, EngineStats
+from service.engine.sequence import (
+    FinishReason,
+    GenerationRequest,
+    OutputChunk,
+    SequenceReport,
+    TokenLogprob,
+)
+
+
+class FakeTokenizer:
+    """A token is a character's code point."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) for character in text]
+
+
+@dataclass(frozen=True)
+class FakeBase:
+    """What the API needs of a base: its name, its limits and its tokenizer."""
+
+    name: str = "tiny"
+    fingerprint: str = "fingerprint-of-tiny"
+    max_model_len: int = 256
+    vocab_size: int = 0x110000
+    eos_token_ids: frozenset[int] = frozenset({0})
+    tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        assert add_generation_prompt and tools is None
+        return self.tokenizer.encode("".join(f"{message['role']}:{message['content']}\n" for message in messages))
+
+
+@dataclass
+class FakeEngine:
+    """Answers every prompt with `pieces`, one token each. Set the other fields to make it misbehave.
+
+    `refusal` is raised before the first chunk; `fails_after` ends a sequence with an error after so many tokens;
+    `endless` goes on until it is aborted; `first_step_blocked` never yields a first token.
+    """
+
+    pieces: tuple[str, ...] = ("Grüße", ",", " world", "!")
+    refusal: EngineError | None = None
+    fails_after: int | None = None
+    endless: bool = False
+    first_step_blocked: bool = False
+    observer: EngineObserver | None = None
+    base: FakeBase = field(default_factory=FakeBase)
+    requests: list[GenerationRequest] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    retired: list[str] = field(default_factory=list)
+    num_running: int = 0
+    alive: bool = True
+    busy_since: float | None = None
+    last_step_at: float | None = field(default_factory=time.monotonic)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[OutputChunk, None]:
+        if self.refusal is not None:
+            raise self.refusal
+        if len(request.prompt_token_ids) >= self.base.max_model_len:
+            raise RequestRejectedError("too long", param="messages", code="context_length_exceeded")
+        self.requests.append(request)
+        self.num_running += 1
+        finish_reason = FinishReason.ABORT
+        num_tokens = 0
+        try:
+            while self.first_step_blocked:
+                await asyncio.sleep(0.005)
+            async for chunk in self._answer(request):
+                num_tokens, finish_reason = chunk.num_output_tokens, chunk.finish_reason or finish_reason
+                yield chunk
+        finally:
+            self.num_running -= 1
+            self.last_step_at = time.monotonic()
+            if finish_reason is FinishReason.ABORT:
+                self.aborted.append(request.request_id)
+            if self.observer is not None:
+                self.observer.sequence_finished(_report(request, finish_reason, num_tokens))
+
+    def retire(self, digest: str) -> None:
+        self.retired.append(digest)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=self.num_running,
+            num_waiting=3,
+            kv_usage=0.25,
+            slots={"device": 32, "host": 256},
+            resident={"device": ("a" * 64,), "host": ("a" * 64, "b" * 64)},
+            waiting_adapters=("a" * 64, "c" * 64),
+            num_steps=1,
+            num_preemptions=0,
+            last_step_at=self.last_step_at,
+            busy_since=self.busy_since,
+            alive=self.alive,
+            error=None if self.alive else "the engine stopped: RuntimeError",
+        )
+
+    async def _answer(self, request: GenerationRequest) -> AsyncGenerator[OutputChunk, None]:
+        sampling, text = request.sampling, ""
+        budget = sampling.max_tokens or self.base.max_model_len - len(request.prompt_token_ids)
+        for number in range(budget):
+            await asyncio.sleep(0.001 if self.endless else 0)
+            if number == self.fails_after:
+                yield self._chunk(request, "", number, FinishReason.ERROR, error="the adapter is damaged")
+                return
+            if number >= len(self.pieces) and not self.endless:
+                yield self._chunk(request, "", number, FinishReason.STOP)
+                return
+            piece = self.pieces[number % len(self.pieces)]
+            stop = next((stop for stop in sampling.stop if stop in text + piece), None)
+            if stop is not None:
+                kept = (text + piece).split(stop)[0][len(text) :]
+                yield self._chunk(request, kept, number + 1, FinishReason.STOP)
+                return
+            text += piece
+            last = FinishReason.LENGTH if number + 1 == budget else None
+            yield self._chunk(request, piece, number + 1, last)
+            if last is not None:
+                return
+
+    def _chunk(
+        self,
+        request: GenerationRequest,
+        text: str,
+        num_output_tokens: int,
+        finish_reason: FinishReason | None = None,
+        error: str | None = None,
+    ) -> OutputChunk:
+        num_top = request.sampling.logprobs
+        return OutputChunk(
+            text=text,
+            token_ids=(num_output_tokens,),
+            logprobs=None if num_top is None else (_logprob(text, num_top),) if text else (),
+            finish_reason=finish_reason,
+            num_prompt_tokens=len(request.prompt_token_ids),
+            num_output_tokens=num_output_tokens,
+            error=error,
+        )
+
+
+def _logprob(text: str, num_top: int) -> TokenLogprob:
+    others = [TokenLogprob(f"other{i}", 100 + i, -2.0 - i, (), ()) for i in range(num_top - 1)]
+    chosen = TokenLogprob(text, 1, -0.5, tuple(text.encode()), ())
+    top = (chosen, *others) if num_top else ()
+    return TokenLogprob(chosen.token, chosen.token_id, chosen.logprob, chosen.bytes, top)
+
+
+def _report(request: GenerationRequest, reason: FinishReason, num_tokens: int) -> SequenceReport:
+    return SequenceReport(
+        request_id=request.request_id,
+        tenant=request.tenant,
+        adapter=request.adapter,
+        finish_reason=reason,
+        num_prompt_tokens=len(request.prompt_token_ids),
+        num_output_tokens=num_tokens,
+        queue_seconds=0.002,
+        ttft_seconds=0.03,
+        e2e_seconds=0.1,
+        inter_token_seconds=(0.01,) * max(0, num_tokens - 1),
+    )

@@ -1,0 +1,135 @@
+"""The service on two real sockets: everything is real but the engine. Fixture `served`."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import httpx
+import pytest
+import uvicorn
+from openai import OpenAI
+from pydantic import SecretStr
+from starlette.types import ASGIApp
+
+from adapters.store import AdapterStore
+from service.api.ops import create_ops_app
+from service.api.services import Services
+from service.app import create_app
+from service.config import Settings
+from service.database import connect
+from service.engine.base_model import BaseModel
+from service.engine.engine import Engine
+from service.health import Health
+from service.metrics import Metrics
+from tests.fakes import FakeEngine
+from tests.service.control_fixtures import Control, make_control
+
+ADMIN_KEY = "the-administrators-own-key"
+
+__all__ = ["served", "shared_service"]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running service and its insides. Tenants `acme` and `zenith` exist; see `Control` for what it can do."""
+
+    url: str
+    ops_url: str
+    control: Control
+    engine: FakeEngine
+    metrics: Metrics
+    health: Health
+
+    def client(self, api_key: str | None = None) -> OpenAI:
+        """The official client, validating every answer, and not hiding failures behind retries."""
+        return OpenAI(
+            base_url=f"{self.url}/v1",
+            api_key=api_key or self.control.acme_key,
+            max_retries=0,
+            _strict_response_validation=True,
+        )
+
+    def http(self, api_key: str | None = None) -> httpx.Client:
+        return httpx.Client(
+            base_url=self.url, headers={"authorization": f"Bearer {api_key or self.control.acme_key}"}, timeout=30
+        )
+
+    def admin(self) -> httpx.Client:
+        return self.http(ADMIN_KEY)
+
+    def scrape(self, accept: str = "text/plain") -> str:
+        return httpx.get(f"{self.ops_url}/metrics", headers={"accept": accept}).raise_for_status().text
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    with serve_fake(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One service for all tests of a file that neither change it nor count what it was asked."""
+    with serve_fake(tmp_path_factory.mktemp("service")) as running:
+        yield running
+
+
+@contextmanager
+def serve_fake(directory: Path, **settings: object) -> Iterator[Served]:
+    """The service with a `FakeEngine`, real otherwise; `settings` as in `service.config`."""
+    with ExitStack() as stack:
+        url = f"sqlite:///{directory / 'rootstock.db'}"
+        database = connect(url)
+        stack.callback(database.close)
+        control = make_control(database, url, directory / "storage")
+        chosen = Settings(**{"data_dir": directory, **settings})  # type: ignore[arg-type]
+        metrics = Metrics(max_tenant_labels=2, router_aliases=chosen.router_aliases)
+        engine = FakeEngine(observer=metrics)
+        metrics.watch_engine(engine.stats)
+        metrics.watch_leases(control.queue.max_lease_age_seconds)
+        health = Health(chosen.stall_seconds)
+        health.watch(cast(Engine, engine))
+        services = Services(
+            settings=chosen,
+            admin_key=SecretStr(ADMIN_KEY),
+            base=cast(BaseModel, engine.base),
+            engine=cast(Engine, engine),
+            metrics=metrics,
+            tenants=control.tenants,
+            files=control.files,
+            jobs=control.jobs,
+            registry=control.registry,
+            store=AdapterStore(str(directory / "adapters"), directory / "cache"),
+        )
+        api_url, ops_url = stack.enter_context(serve_apps(create_app(services), create_ops_app(metrics, health)))
+        yield Served(api_url, ops_url, control, engine, metrics, health)
+
+
+@contextmanager
+def serve_apps(*apps: ASGIApp) -> Iterator[list[str]]:
+    """Each app on a free port of its own, all on one event loop in a thread; their urls."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in apps]
+    servers = [
+        uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=5))
+        for app in apps
+    ]
+
+    async def run() -> None:
+        await asyncio.gather(*(server.serve([sock]) for server, sock in zip(servers, sockets, strict=True)))
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),), name="http", daemon=True)
+    thread.start()
+    try:
+        yield [f"http://127.0.0.1:{sock.getsockname()[1]}" for sock in sockets]
+    finally:
+        for server in servers:
+            server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive(), "a request was never finished"
