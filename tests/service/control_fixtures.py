@@ -20,7 +20,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from service.database import Database, connect, jobs
+from service.database import SCHEMA_VERSION, Database, connect, jobs
 from service.files import FilePurpose, Files
 from service.job import Claim, Job, JobSpec, JobStatus
 from service.job_queue import JobQueue
@@ -28,7 +28,7 @@ from service.jobs import Idempotency, Jobs
 from service.registry import BaseIdentity, Registry
 from service.tenants import Tenant, Tenants
 
-__all__ = ["control", "database", "database_url", "postgres_server"]
+__all__ = ["control", "database", "database_url", "postgres_server", "postgres_url"]
 
 BASE = BaseIdentity("tiny", "fingerprint-of-tiny", created_at=1.0)
 
@@ -145,18 +145,30 @@ def _await_server(url: str) -> None:
             time.sleep(0.05)
 
 
+@pytest.fixture(scope="session")
+def postgres_url(postgres_server: str) -> Iterator[str]:
+    """A database of this test run; `database_url` empties it after each test."""
+    name = f"test_{secrets.token_hex(8)}"
+    with psycopg.connect(postgres_server, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}".encode())
+    url = sa.make_url(postgres_server).set(database=name).render_as_string(hide_password=False)
+    connect(url).close()
+    yield url
+    with psycopg.connect(postgres_server, autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+
+
 @pytest.fixture(params=["sqlite", "postgres"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """An empty database of its own for each test, on both engines."""
+    """An empty database, on both engines."""
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path / 'data' / 'rootstock.db'}"
         return
-    server: str = request.getfixturevalue("postgres_server")
-    name = f"test_{secrets.token_hex(8)}"
-    with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}".encode())
-        yield sa.make_url(server).set(database=name).render_as_string(hide_password=False)
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+    url: str = request.getfixturevalue("postgres_url")
+    yield url
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("TRUNCATE tenants RESTART IDENTITY CASCADE")
+        connection.execute("UPDATE schema_version SET version = %s", (SCHEMA_VERSION,))
 
 
 @pytest.fixture

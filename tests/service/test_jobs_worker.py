@@ -342,7 +342,7 @@ WORKER = """
 import sys, time
 from service.database import connect
 from service.job_queue import JobQueue
-queue = JobQueue(connect(sys.argv[1]), lease_seconds=1.0)
+queue = JobQueue(connect(sys.argv[1]), lease_seconds=2.0)
 claim = queue.claim("killed")
 queue.files_validated(claim)
 queue.checkpoint(claim, step=4, digest="4" * 64, base_fingerprint="fingerprint-of-tiny", metrics={"train_loss": 2.0})
@@ -362,7 +362,7 @@ def test_after_kill_9_another_worker_goes_on_from_the_checkpoint_and_the_zombie_
         assert worker.stdout is not None and worker.stdout.readline() == b"1\n"
         assert control.queue.claim("impatient") is None  # it lives, so its lease holds
         worker.send_signal(signal.SIGKILL)
-    zombie = Claim(control.jobs.get(control.acme.id, job.id), attempt=1, worker="killed", lease_seconds=1.0)
+    zombie = Claim(control.jobs.get(control.acme.id, job.id), attempt=1, worker="killed", lease_seconds=2.0)
     deadline = time.monotonic() + 30
     while (heir := control.queue.claim("heir")) is None:
         assert time.monotonic() < deadline, "the dead worker's lease never ran out"
