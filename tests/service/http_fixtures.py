@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,23 +47,33 @@ class Served:
     engine: FakeEngine
     metrics: Metrics
     health: Health
+    closing: ExitStack
+    """Closes, with the service, what its tests opened."""
 
-    def client(self, api_key: str | None = None) -> OpenAI:
+    def client(self, api_key: str | None = None, *, strict: bool = True) -> OpenAI:
         """The official client, validating every answer, and not hiding failures behind retries."""
-        return OpenAI(
+        client = OpenAI(
             base_url=f"{self.url}/v1",
             api_key=api_key or self.control.acme_key,
             max_retries=0,
-            _strict_response_validation=True,
+            _strict_response_validation=strict,
         )
+        self.closing.callback(client.close)
+        return client
 
     def http(self, api_key: str | None = None) -> httpx.Client:
-        return httpx.Client(
-            base_url=self.url, headers={"authorization": f"Bearer {api_key or self.control.acme_key}"}, timeout=30
-        )
+        headers = {"authorization": f"Bearer {api_key or self.control.acme_key}"}
+        return self.closing.enter_context(httpx.Client(base_url=self.url, headers=headers, timeout=30))
 
     def admin(self) -> httpx.Client:
         return self.http(ADMIN_KEY)
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """For what happens on the server's side after the client has gone."""
+        deadline = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < deadline, "it never happened"
+            time.sleep(0.005)
 
     def scrape(self, accept: str = "text/plain") -> str:
         return httpx.get(f"{self.ops_url}/metrics", headers={"accept": accept}).raise_for_status().text
@@ -109,7 +120,7 @@ def serve_fake(directory: Path, **settings: object) -> Iterator[Served]:
             store=AdapterStore(str(directory / "adapters"), directory / "cache"),
         )
         api_url, ops_url = stack.enter_context(serve_apps(create_app(services), create_ops_app(metrics, health)))
-        yield Served(api_url, ops_url, control, engine, metrics, health)
+        yield Served(api_url, ops_url, control, engine, metrics, health, stack)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import openai
@@ -51,8 +50,8 @@ def test_a_stream_reports_usage_once_at_its_end_when_asked(shared_service: Serve
 
 def test_the_bytes_of_a_stream_are_events_of_one_line_closed_by_done(shared_service: Served) -> None:
     body = {"model": "tiny", "messages": MESSAGES, "stream": True, "stream_options": {"include_usage": True}}
-    with shared_service.http() as http:
-        answer = http.post("/v1/chat/completions", json=body)
+    http = shared_service.http()
+    answer = http.post("/v1/chat/completions", json=body)
     assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
     events = answer.text.split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
@@ -228,8 +227,8 @@ def test_a_prompt_that_leaves_no_room_for_the_answer_is_refused(shared_service: 
 def test_a_field_that_is_wrong_or_unsupported_is_named(
     shared_service: Served, field: str, value: object, param: str
 ) -> None:
-    with shared_service.http() as http:
-        answer = http.post("/v1/chat/completions", json={"model": "tiny", "messages": MESSAGES, field: value})
+    http = shared_service.http()
+    answer = http.post("/v1/chat/completions", json={"model": "tiny", "messages": MESSAGES, field: value})
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert error["param"] == param and param in error["message"]
@@ -246,8 +245,8 @@ def test_a_field_that_is_wrong_or_unsupported_is_named(
     ],
 )
 def test_fields_that_ask_for_nothing_are_accepted(shared_service: Served, harmless: dict[str, object]) -> None:
-    with shared_service.http() as http:
-        answer = http.post("/v1/chat/completions", json={"model": "tiny", "messages": MESSAGES, **harmless})
+    http = shared_service.http()
+    answer = http.post("/v1/chat/completions", json={"model": "tiny", "messages": MESSAGES, **harmless})
     assert answer.status_code == 200, answer.text
 
 
@@ -286,7 +285,7 @@ def test_closing_a_stream_aborts_its_sequences(served: Served, num_choices: int)
     )
     next(iter(stream))
     stream.close()
-    _wait_until(lambda: len(served.engine.aborted) == num_choices)
+    served.wait_until(lambda: len(served.engine.aborted) == num_choices)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -296,19 +295,12 @@ def test_a_client_that_gives_up_before_the_first_token_aborts_its_sequence(serve
         served.client().with_options(timeout=0.2).chat.completions.create(
             model="tiny", messages=MESSAGES, stream=stream
         )
-    _wait_until(lambda: len(served.engine.aborted) == 1)
-    _wait_until(lambda: 'rootstock_requests_total{operation="chat",outcome="aborted"} 1.0' in served.scrape())
+    served.wait_until(lambda: len(served.engine.aborted) == 1)
+    served.wait_until(lambda: 'rootstock_requests_total{operation="chat",outcome="aborted"} 1.0' in served.scrape())
 
 
 def test_a_client_that_gives_up_on_a_whole_answer_aborts_it_in_the_middle(served: Served) -> None:
     served.engine.endless = True
     with pytest.raises(openai.APITimeoutError):
         served.client().with_options(timeout=0.1).chat.completions.create(model="tiny", messages=MESSAGES)
-    _wait_until(lambda: len(served.engine.aborted) == 1)
-
-
-def _wait_until(condition: Any) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.005)
+    served.wait_until(lambda: len(served.engine.aborted) == 1)
