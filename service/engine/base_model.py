@@ -129,7 +129,7 @@ def load_base_model(
         fingerprint=checkpoint.fingerprint,
         max_model_len=_max_model_len(checkpoint, max_model_len),
         eos_token_ids=eos_token_ids,
-        pad_token_id=_pad_token_id(tokenizer, eos_token_ids),
+        pad_token_id=_pad_token_id(tokenizer, eos_token_ids, vocab_size),
         vocab_size=vocab_size,
         signature=BaseSignature(
             modules=shapes,
@@ -163,18 +163,23 @@ def _default_name(path_or_hub_id: str) -> str:
 
 def _graft(
     model: PreTrainedModel,
-    linears: Mapping[str, Linear],
+    linears: dict[str, Linear],
     head: str | None,
     quantization: Quantization,
     device: torch.device,
 ) -> dict[str, BatchedLoraLinear]:
-    """Freeze every linear layer and make it a site. Layer by layer, so that an original is freed once replaced."""
+    """Freeze every linear layer and make it a site.
+
+    One after the other, and `linears` is emptied on the way: an original is freed once it is replaced, so a large
+    base never lies in memory twice.
+    """
     groups = sibling_groups(model, linears, head, _probe(model, torch.device("cpu")))
     _check_coverage(model, linears, head, quantization)
 
     def frozen() -> Iterator[tuple[FrozenLinear, list[LoraPart], int]]:
         for names in groups:
-            parts = [LinearWeights(name, _weight(linears[name]), linears[name].bias) for name in names]
+            originals = {name: linears.pop(name) for name in names}
+            parts = [LinearWeights(name, _weight(linear), linear.bias) for name, linear in originals.items()]
             held = Quantization.NONE if head in names else quantization
             layer = freeze(parts, held, device)
             yield layer, [LoraPart(p.name, p.weight.shape[0]) for p in parts], layer.in_features
@@ -262,10 +267,11 @@ def _chat_end_token_id(tokenizer: Tokenizer) -> int | None:
         return None
     _, _, tail = text.partition(marker)
     ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
-    return ids[0] if ids and ids[0] in tokenizer.all_special_ids else None
+    added = tokenizer.added_tokens_decoder
+    return ids[0] if ids and ids[0] in added and added[ids[0]].special else None
 
 
-def _pad_token_id(tokenizer: Tokenizer, eos_token_ids: frozenset[int]) -> int:
-    if tokenizer.pad_token_id is not None:
-        return int(tokenizer.pad_token_id)
-    return min(eos_token_ids, default=0)
+def _pad_token_id(tokenizer: Tokenizer, eos_token_ids: frozenset[int], vocab_size: int) -> int:
+    """Any id will do where a tokenizer has none, or one that was added behind the model's vocabulary."""
+    pad = tokenizer.pad_token_id
+    return pad if isinstance(pad, int) and pad < vocab_size else min(eos_token_ids, default=0)

@@ -124,7 +124,9 @@ def _read_model(
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
     rows: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-    if (highest := max(tokenizer.get_vocab().values())) >= rows:
+    added = tokenizer.added_tokens_decoder  # a padding token, say, that nobody asks the model about
+    highest = max((token_id for token_id in tokenizer.get_vocab().values() if token_id not in added), default=0)
+    if highest >= rows:
         raise BaseModelError(f"the tokenizer has ids up to {highest}, the model only {rows} embeddings")
 
 
