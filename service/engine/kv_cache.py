@@ -105,6 +105,11 @@ class KvCache:
         """The capacity of the row in which a sequence of `num_tokens` lives."""
         return self.classes[bisect_left(self.classes, num_tokens)]
 
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether a sequence of `num_tokens` would find a row now."""
+        capacity = self.row_for(num_tokens)
+        return bool(self._free_slabs) or any(s.capacity == capacity and s.free for s in self._slabs.values())
+
     def allocate(self, num_tokens: int) -> Row:
         """A row for a sequence of `num_tokens`.
 

@@ -32,6 +32,8 @@ class Residency:
 
     def acquire(self, sequence: Sequence) -> Admission:
         digest = sequence.request.adapter
+        if not self.cache.has_room(sequence.num_tokens):  # a preempted one comes back when all of it fits
+            return Admission.FULL
         try:
             row = self.cache.allocate(sequence.num_prompt_tokens)
         except KvCacheFullError:

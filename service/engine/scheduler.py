@@ -110,6 +110,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._waiting: dict[str, deque[Sequence]] = {}
         self._on_preempt = on_preempt
+        self._preempted_now = False
 
     @property
     def num_waiting(self) -> int:
@@ -145,6 +146,7 @@ class Scheduler:
         """The next step's work. Never empty while something could run."""
         plan = Plan()
         budget = self.max_num_batched_tokens
+        self._preempted_now = False
         for sequence in list(self.running):
             if sequence.status is SequenceStatus.RUNNING and not sequence.is_prefill and self._make_room(sequence):
                 plan.decodes.append(Work(sequence, 1, False, sequence.samples_next))
@@ -153,7 +155,8 @@ class Scheduler:
         for sequence in self.running:
             if sequence.is_prefill:
                 budget -= self._plan_chunk(sequence, plan, budget)
-        self._admit(plan, budget)
+        if not self._preempted_now:
+            self._admit(plan, budget)
         for work in plan.work:
             self.counters.charge(work.sequence.request.tenant, work.num_tokens if work.is_prefill else 2.0)
         return plan
@@ -215,6 +218,7 @@ class Scheduler:
         sequence.status = SequenceStatus.WAITING
         sequence.num_computed = 0
         sequence.num_preemptions += 1
+        self._preempted_now = True
         self._waiting.setdefault(sequence.request.tenant, deque()).appendleft(sequence)
         if self._on_preempt is not None:
             self._on_preempt(sequence)
