@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -23,7 +25,10 @@ from service.job_queue import JobQueue
 from service.jobs import Jobs
 from service.metrics import Metrics
 from service.registry import BaseIdentity, Registry
+from service.resume_points import ResumePoints
 from service.tenants import Tenants
+from service.tuning import TuningServices
+from service.tuning_worker import TuningWorker
 
 
 def create_app(services: Services) -> FastAPI:
@@ -83,9 +88,17 @@ def open_services(settings: Settings, metrics: Metrics, admin_key: SecretStr) ->
             store=store,
         )
         if settings.training:
-            from service.tuning import TuningWorker
-
-            worker = TuningWorker(queue, files_, store, registry, engine, settings, metrics)
+            tuning = TuningServices(
+                queue=queue,
+                files=files_,
+                store=store,
+                resume_points=ResumePoints(storage),
+                base=base,
+                engine=engine,
+                observer=metrics,
+                max_lora_rank=settings.max_lora_rank,
+            )
+            worker = TuningWorker(tuning, name=f"{socket.gethostname()}-{os.getpid()}")
             worker.start()
             stack.callback(worker.stop)
         yield services
