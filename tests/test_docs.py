@@ -31,7 +31,7 @@ def routes() -> set[str]:
     found = set()
     for route in (route for router in routers for route in router.routes):
         assert isinstance(route, APIRoute)
-        found |= {f"{method} {route.path.replace(':path', '')}" for method in route.methods}
+        found |= {f"{method} {route.path.replace(':path', '')}" for method in route.methods or ()}
     return found
 
 
