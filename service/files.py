@@ -58,10 +58,10 @@ class StagedFile:
 
 class Files:
     def __init__(self, database: Database, storage_url: str, *, max_bytes: int = MAX_FILE_BYTES) -> None:
-        """`storage_url` is an fsspec url or a local directory; content goes to `files/` in it."""
+        """`storage_url` is an fsspec url or a local directory, for these files alone."""
         self._database = database
         self._filesystem, root = fsspec.core.url_to_fs(storage_url)
-        self._root = f"{root.rstrip('/')}/files"
+        self._root = root.rstrip("/")
         self.max_bytes = max_bytes
 
     def create(
