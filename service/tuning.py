@@ -1,0 +1,331 @@
+"""Runs one claimed job: files -> trainer -> evaluation -> publish. Knows no threads and no leases.
+
+Every write to the job is fenced by its claim; `check` (see `service.heartbeat`) ends a run from outside. A run that
+stops early leaves a resume point from which the next attempt goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from math import ceil
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from adapters.errors import AdapterError, StoreError
+from adapters.evaluation import MAX_SHOTS, Evaluation, EvaluationReport
+from adapters.packed_loss import Score
+from adapters.peft_format import LoraWeights, read_adapter, write_adapter
+from adapters.store import AdapterStore
+from adapters.trainable import TrainableLora, TrainRouting
+from adapters.trainer import Trainer
+from service.background_generation import BackgroundGeneration, Submitting
+from service.engine.base_model import BaseModel
+from service.engine.errors import EngineError
+from service.errors import ServiceError
+from service.files import FilePurpose, Files
+from service.heartbeat import StopReason, StopRequested
+from service.job import Claim, EventLevel, EventType
+from service.job_queue import FencedWriteError, JobCancelledError, JobQueue
+from service.resume_points import ResumePoints
+from service.tuning_data import JobFiles, TuningData
+from service.tuning_plan import make_plan
+from service.tuning_report import evaluation_message, score_metrics, step_message, step_metrics, step_metrics_csv
+
+logger = logging.getLogger(__name__)
+
+MAX_METRICS_EVENTS = 500
+MAX_CHECKPOINTS = 10
+NUM_EVALUATED = 32
+
+
+class Outcome(StrEnum):
+    """How a worker's run of a job ended; the `outcome` label of its metrics."""
+
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    PAUSED = "paused"
+    SHUTDOWN = "shutdown"
+    LOST = "lost"
+
+
+class TuningObserver(Protocol):
+    """Who counts."""
+
+    def job_run_finished(self, outcome: str, seconds: float) -> None: ...
+
+    def tokens_trained(self, num_tokens: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class TuningServices:
+    """What a run works with."""
+
+    queue: JobQueue
+    files: Files
+    store: AdapterStore
+    resume_points: ResumePoints
+    base: BaseModel
+    engine: Submitting
+    observer: TuningObserver
+    max_lora_rank: int
+    save_every_seconds: float = 30.0
+    """Between two resume points; what a crash can cost."""
+
+
+class TuningRun:
+    """One attempt at one job."""
+
+    def __init__(self, services: TuningServices, claim: Claim, check: Callable[[], None]) -> None:
+        self._services = services
+        self._claim = claim
+        self._check = check
+        self._job = claim.job
+        self._trainer: Trainer | None = None
+        self._saved_at = self._started_at = time.monotonic()
+        self._num_steps_before = 0
+        self._num_reported = 0
+
+    def execute(self) -> Outcome:
+        """Bring the job to an end, or give it back. Whatever goes wrong ends here, in the job's row or the log."""
+        try:
+            self._run()
+            outcome = Outcome.SUCCEEDED
+        except StopRequested as stop:
+            outcome = self._give_back(stop.reason)
+        except JobCancelledError:
+            outcome = Outcome.CANCELLED
+        except FencedWriteError:
+            logger.warning("tuning.claim_lost", extra=self._ids())
+            outcome = Outcome.LOST
+        except Exception as error:
+            outcome = self._fail(error)
+        if outcome in (Outcome.SUCCEEDED, Outcome.FAILED, Outcome.CANCELLED):
+            self._services.resume_points.discard(self._job.id)
+        return outcome
+
+    def _run(self) -> None:
+        files = JobFiles(
+            self._services.files, self._job, self._services.base, self._services.base.max_model_len, self._check
+        )
+        data = self._load(files)
+        trainer = self._trainer = self._make_trainer(data)
+        self._train(trainer)
+        digest = self._publish(trainer.best_weights())
+        report = self._evaluate(trainer, files, data, digest)
+        self._succeed(trainer, digest, report)
+
+    # -- the phases -------------------------------------------------------------------------------------------
+
+    def _load(self, files: JobFiles) -> TuningData:
+        if not self._job.files_validated:
+            self._say(f"Validating training file: {self._job.spec.training_file}")
+            if self._job.spec.validation_file:
+                self._say(f"Validating validation file: {self._job.spec.validation_file}")
+        data = files.load()
+        if not self._job.files_validated:
+            self._services.queue.files_validated(self._claim)
+            self._say("Fine-tuning job started")
+            self._say(data.describe())
+        return data
+
+    def _make_trainer(self, data: TuningData) -> Trainer:
+        """The trainer as it starts, or as the last attempt left it."""
+        base, spec = self._services.base, self._job.spec
+        parent = self._parent_weights()
+        plan = make_plan(
+            spec.hyperparameters,
+            seed=spec.seed,
+            num_examples=len(data.train),
+            base=base.signature,
+            parent=parent.spec if parent else None,
+        )
+        self._services.queue.progress(self._claim, resolved=plan.resolved)
+        adapter = TrainableLora(plan.spec, base.signature, seed=spec.seed, device=base.device)
+        if parent:
+            adapter.load(parent.modules)
+        trainer = Trainer(base.model, adapter, data.train, data.valid, plan.config)
+        if self._job.resume_point:
+            try:
+                trainer.load_state_dict(self._services.resume_points.load(self._job.resume_point))
+                self._say(f"Resuming from step {trainer.steps_done}")
+            except StoreError as error:
+                self._say(f"Starting over: {error.message}", EventLevel.WARN)
+        self._num_steps_before = trainer.steps_done
+        self._num_reported = trainer.steps_done - trainer.evaluation_due
+        return trainer
+
+    def _train(self, trainer: Trainer) -> None:
+        while True:
+            score = trainer.evaluate(self._check) if trainer.evaluation_due else None
+            self._report(trainer, score)
+            if trainer.done:
+                break
+            if time.monotonic() - self._saved_at > self._services.save_every_seconds:
+                self._save(trainer)
+            result = trainer.step(self._check)
+            self._services.observer.tokens_trained(result.num_tokens)
+        if trainer.stopped_early:
+            self._say(f"Stopped early: no better validation loss since step {trainer.best_step}")
+
+    def _publish(self, weights: LoraWeights) -> str:
+        """The adapter's digest; its files are durable in the store, but no name points at them yet."""
+        base = self._services.base
+        with tempfile.TemporaryDirectory(prefix="rootstock-adapter-") as directory:
+            write_adapter(Path(directory), weights, base_name=base.name, base=base.signature)
+            return self._services.store.publish(Path(directory))
+
+    def _evaluate(
+        self, trainer: Trainer, files: JobFiles, data: TuningData, digest: str
+    ) -> EvaluationReport | None:
+        """Compare base, few-shot prompt and adapter. The job does not fail when only this cannot be done."""
+        base = self._services.base
+        trainer.adapter.load(trainer.best_weights().modules)
+        generate = BackgroundGeneration(self._services.engine, self._job.tenant_id, self._check)
+        try:
+            report = Evaluation(base, trainer.loss, generate, base.max_model_len).compare(
+                files.held_out(data, NUM_EVALUATED),
+                files.shots(data, MAX_SHOTS),
+                adapter=digest,
+                route=TrainRouting(trainer.adapter, training=False),
+                between_packs=self._check,
+            )
+        except (AdapterError, EngineError) as error:
+            self._say(f"The model could not be evaluated: {error.message}", EventLevel.WARN)
+            return None
+        if report is not None:
+            self._say(evaluation_message(report), data=report.as_dict())
+        return report
+
+    def _succeed(self, trainer: Trainer, digest: str, report: EvaluationReport | None) -> None:
+        services = self._services
+        table = services.files.stage(
+            self._job.tenant_id, "step_metrics.csv", FilePurpose.FINE_TUNE_RESULTS, [step_metrics_csv(trainer)]
+        )
+        metrics = {
+            **score_metrics(trainer.scores[trainer.best_step] if trainer.best_step else None),
+            "best_step": trainer.best_step,
+            "evaluation": report.as_dict() if report else None,
+        }
+        try:
+            services.queue.succeed(
+                self._claim,
+                digest=digest,
+                base_fingerprint=services.base.fingerprint,
+                metrics=metrics,
+                trained_tokens=trainer.trained_tokens,
+                result_files=[table],
+            )
+        except FencedWriteError:
+            services.files.discard([table.storage_key])
+            raise
+        logger.info("tuning.succeeded", extra={**self._ids(), "digest": digest, "steps": trainer.steps_done})
+
+    # -- what the client sees of it ---------------------------------------------------------------------------
+
+    def _report(self, trainer: Trainer, score: Score | None) -> None:
+        """Events, progress and checkpoints after a step (and its evaluation, where one was due)."""
+        step = trainer.steps_done
+        if step == self._num_reported:
+            return
+        self._num_reported = step
+        ends_epoch = step % trainer.steps_per_epoch == 0
+        every = ceil(trainer.num_steps / MAX_METRICS_EVENTS)
+        if score is not None or step % every == 0 or trainer.done:
+            metrics = step_metrics(trainer, trainer.history[-1], score, whole=ends_epoch or trainer.done)
+            self._say(step_message(metrics), type=EventType.METRICS, data=metrics)
+            self._services.queue.progress(
+                self._claim, trained_tokens=trainer.trained_tokens, estimated_finish=self._estimated_finish(trainer)
+            )
+        if ends_epoch and score is not None:
+            self._checkpoint(trainer, score)
+
+    def _checkpoint(self, trainer: Trainer, score: Score) -> None:
+        """A servable snapshot at the end of an epoch, of at most MAX_CHECKPOINTS epochs."""
+        epoch = trainer.steps_done // trainer.steps_per_epoch
+        if epoch % ceil(trainer.config.num_epochs / MAX_CHECKPOINTS):
+            return
+        metrics = step_metrics(trainer, trainer.history[-1], score, whole=True)
+        self._services.queue.checkpoint(
+            self._claim,
+            step=trainer.steps_done,
+            digest=self._publish(trainer.adapter.weights()),
+            base_fingerprint=self._services.base.fingerprint,
+            metrics={name: value for name, value in metrics.items() if name != "total_steps"},
+        )
+        self._say(f"Checkpoint created at step {trainer.steps_done}")
+
+    def _estimated_finish(self, trainer: Trainer) -> float:
+        """Unix seconds, from the pace of this attempt."""
+        pace = (time.monotonic() - self._started_at) / max(1, trainer.steps_done - self._num_steps_before)
+        return time.time() + pace * (trainer.num_steps - trainer.steps_done)
+
+    def _say(
+        self,
+        message: str,
+        level: EventLevel = EventLevel.INFO,
+        type: EventType = EventType.MESSAGE,
+        data: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._services.queue.event(self._claim, message, level=level, type=type, data=data)
+
+    # -- ends that are no success -----------------------------------------------------------------------------
+
+    def _save(self, trainer: Trainer) -> None:
+        points = self._services.resume_points
+        reference = points.save(self._job.id, self._claim.attempt, trainer.state_dict())
+        self._services.queue.save_resume_point(self._claim, reference)
+        points.discard(self._job.id, keep=reference)
+        self._saved_at = time.monotonic()
+
+    def _give_back(self, reason: StopReason) -> Outcome:
+        """Paused or shutting down: keep the state and let the job be claimed again. Otherwise it is not ours."""
+        if reason in (StopReason.CANCELLED, StopReason.LOST):
+            return Outcome.CANCELLED if reason is StopReason.CANCELLED else Outcome.LOST
+        try:
+            if self._trainer is not None:
+                self._save(self._trainer)
+                self._say(f"Fine-tuning job {reason.value} at step {self._trainer.steps_done}")
+            self._services.queue.release(self._claim)
+        except JobCancelledError:
+            return Outcome.CANCELLED
+        except FencedWriteError:
+            return Outcome.LOST
+        return Outcome.PAUSED if reason is StopReason.PAUSED else Outcome.SHUTDOWN
+
+    def _fail(self, error: Exception) -> Outcome:
+        """Write why. The tenant's own mistakes are told in full, ours only to the log."""
+        if isinstance(error, AdapterError | ServiceError | EngineError):
+            code, message = error.code or "training_failed", error.message
+            param = error.param
+        elif isinstance(error, torch.OutOfMemoryError):
+            code, param = "out_of_memory", "hyperparameters"
+            message = "The device has too little memory for this job: use a smaller lora_r or shorter examples."
+        else:
+            logger.exception("tuning.failed", extra=self._ids())
+            code, message, param = "internal_error", "The job failed because of an internal error.", None
+        try:
+            self._services.queue.fail(self._claim, code=code, message=message, param=param)
+        except JobCancelledError:
+            return Outcome.CANCELLED
+        except FencedWriteError:
+            return Outcome.LOST
+        return Outcome.FAILED
+
+    def _parent_weights(self) -> LoraWeights | None:
+        """The adapter that the job continues from, if any."""
+        digest = self._job.spec.parent_digest
+        if digest is None:
+            return None
+        directory = self._services.store.directory(digest)
+        return read_adapter(directory, self._services.base.signature, max_rank=self._services.max_lora_rank)
+
+    def _ids(self) -> dict[str, Any]:
+        return {"job_id": self._job.id, "tenant": self._job.tenant_id, "attempt": self._claim.attempt}

@@ -1,0 +1,94 @@
+"""A job's files as training and validation sequences, and a few examples to compare models on.
+
+Knows the files and the tokenizer, not the trainer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from adapters.corpus import MAX_VALIDATION_EXAMPLES, Codec, Corpus, build_corpus, split_validation
+from adapters.dataset import MIN_EXAMPLES, Example, examples_at, read_examples
+from service.files import Files
+from service.job import Job
+
+MAX_TRAIN_LENGTH = 8192
+BREATH_SECONDS = 1e-4
+"""Tokenizing is pure Python: between two examples, threads that wait for the interpreter get it."""
+
+
+@dataclass(frozen=True)
+class TuningData:
+    """`lines` of the corpora refer to the training file, or of `valid` to the validation file where there is one."""
+
+    train: Corpus
+    valid: Corpus
+    num_left_out: int
+    """Validation sequences beyond what a run is evaluated on."""
+
+    def describe(self) -> str:
+        parts = [f"Training on {len(self.train)} sequences ({self.train.num_tokens} tokens)"]
+        parts.append(f"validating on {len(self.valid)}")
+        if self.num_left_out:
+            parts.append(f"leaving out {self.num_left_out} more than the {MAX_VALIDATION_EXAMPLES} that are used")
+        num_truncated = self.train.num_truncated
+        if num_truncated:
+            parts.append(f"{num_truncated} truncated at the model's length")
+        return ", ".join(parts)
+
+
+class JobFiles:
+    """Reads what one job names."""
+
+    def __init__(self, files: Files, job: Job, codec: Codec, max_length: int, check: Callable[[], None]) -> None:
+        self._files = files
+        self._job = job
+        self._codec = codec
+        self._max_length = min(max_length, MAX_TRAIN_LENGTH)
+        self._check = check
+
+    def load(self) -> TuningData:
+        """Raises DatasetError about a file that cannot be trained on."""
+        spec = self._job.spec
+        corpus = self._corpus(spec.training_file, MIN_EXAMPLES, "training_file")
+        if spec.validation_file is None:
+            train, valid = split_validation(corpus, seed=spec.seed)
+            return TuningData(train, valid, 0)
+        valid = self._corpus(spec.validation_file, 1, "validation_file")
+        chosen = _choose(len(valid), MAX_VALIDATION_EXAMPLES, spec.seed)
+        return TuningData(corpus, valid.subset(chosen), len(valid) - len(chosen))
+
+    def held_out(self, data: TuningData, count: int) -> list[Example]:
+        """Validation examples to compare models on, chosen by seed."""
+        return self._examples(self._job.spec.validation_file or self._job.spec.training_file, data.valid, count)
+
+    def shots(self, data: TuningData, count: int) -> list[Example]:
+        """Training examples for a few-shot prompt, chosen by seed."""
+        return self._examples(self._job.spec.training_file, data.train, count)
+
+    def _corpus(self, file_id: str, minimum: int, param: str) -> Corpus:
+        with self._files.open(self._job.tenant_id, file_id) as stream:
+            examples = read_examples(stream, minimum=minimum, param=param)
+            return build_corpus(
+                examples, self._codec, max_length=self._max_length, param=param, on_example=self._breathe
+            )
+
+    def _examples(self, file_id: str, corpus: Corpus, count: int) -> list[Example]:
+        lines = torch.unique(corpus.lines)
+        chosen = lines[_choose(len(lines), count, self._job.spec.seed)].tolist()
+        with self._files.open(self._job.tenant_id, file_id) as stream:
+            return examples_at(stream, chosen)
+
+    def _breathe(self) -> None:
+        self._check()
+        time.sleep(BREATH_SECONDS)
+
+
+def _choose(total: int, count: int, seed: int) -> torch.Tensor:
+    """`count` of `total` indices by seed, ascending."""
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    return order[:count].sort().values
