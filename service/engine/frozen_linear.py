@@ -128,6 +128,11 @@ class Int8Linear(FrozenLinear):
         out = torch.empty(self.codes.shape, dtype=self.dtype, device=self.codes.device)
         return torch.mul(self.codes, self.scale, out=out)
 
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        """The scale is applied to the result: codes are exact in bfloat16, and a result is smaller than the weight."""
+        y = functional.linear(rows, self.codes.to(self.dtype)).mul_(self.scale.view(-1))
+        return y if self.bias is None else y + self.bias
+
 
 class Nf4Linear(FrozenLinear):
     """4-bit NormalFloat (QLoRA, arXiv 2305.14314), double quantized; products in bfloat16 as in QLoRA.

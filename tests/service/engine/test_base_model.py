@@ -255,9 +255,17 @@ def test_gradients_are_those_of_a_dense_float32_model(tiny_llama_dir: Path, quan
         site.base.weight.data.copy_(base.lora_sites[name].base.dequantized())  # type: ignore[union-attr, operator]
     found = adapter_gradients(base, random_adapter(base))
     expected = adapter_gradients(dense, random_adapter(dense))
-    limit = 1e-5 if base.dtype == torch.float32 else 0.05
+    exact = base.dtype == torch.float32
+    # A dense bfloat16 model differs by 0.025 overall, and by up to 0.053 in one matrix.
+    assert relative_error(torch.cat([g.view(-1) for g in found]), torch.cat([g.view(-1) for g in expected])) < (
+        1e-5 if exact else 0.03
+    )
     for got, want in zip(found, expected, strict=True):
-        assert (got - want).norm() / want.norm() < limit
+        assert relative_error(got, want) < (1e-5 if exact else 0.1)
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).norm() / want.norm())
 
 
 @pytest.mark.parametrize("quantization", list(Quantization))
