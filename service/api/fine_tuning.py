@@ -170,7 +170,8 @@ def _check_rank(hyperparameters: Hyperparameters, max_lora_rank: int) -> None:
 
 
 def _idempotency(body: JobRequest, key: str | None, retry_count: str | None) -> Idempotency:
-    sent = json.dumps(body.model_dump(mode="json", exclude_unset=True), sort_keys=True)
+    # no warnings: "auto" stands where the model promises a number
+    sent = json.dumps(body.model_dump(mode="json", exclude_unset=True, warnings=False), sort_keys=True)
     return Idempotency(
         request_digest=hashlib.sha256(sent.encode()).hexdigest(),
         key=key,
