@@ -92,7 +92,6 @@ class BatchedLoraLinear(nn.Module):
         self.in_features = in_features
         self.parts = parts
         self.is_head = is_head
-        self.table: SlotTable | None = None
         bounds = [0]
         for part in parts:
             bounds.append(bounds[-1] + part.out_features)
@@ -196,15 +195,19 @@ def plan_rows(slots: Sequence[int | None]) -> list[Run]:
 
 @dataclass(frozen=True)
 class SlotRouting:
-    """Serving: which slots the rows of this step use. The output head sees other rows than the layers do."""
+    """Serving: which slots the rows of this step use. The output head sees other rows than the layers do.
 
+    `tables` lacks a site that no resident adapter touches.
+    """
+
+    tables: Mapping[BatchedLoraLinear, SlotTable]
     body: Sequence[Run]
     head: Sequence[Run]
 
     def apply(self, site: BatchedLoraLinear, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Add the adapters in place; x: [..., tokens, in], y: [..., tokens, out]."""
         runs = self.head if site.is_head else self.body
-        table = site.table
+        table = self.tables.get(site)
         if table is None or not runs:
             return y
         x, rows = x.reshape(-1, x.shape[-1]).to(table.a.dtype), y.view(-1, y.shape[-1])

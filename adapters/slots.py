@@ -120,7 +120,8 @@ class AdapterSlots:
     ) -> None:
         self.num_slots = num_slots
         self.max_rank = max_rank
-        self._sites = list({id(site): site for site in sites}.values())
+        self._sites = list(dict.fromkeys(sites))
+        self.tables: dict[BatchedLoraLinear, SlotTable] = {}
         self._dtype, self._device = dtype, device
         self._host = host
         self._observer = observer
@@ -185,11 +186,10 @@ class AdapterSlots:
         self._fit_rank(weights.max_rank)
         slot = self._free.pop()
         for site in self._sites:
-            touched = any(part.name in weights.modules for part in site.parts)
-            if site.table is None and touched:
-                site.table = SlotTable(site, self.num_slots, self._rank, self._dtype, self._device)
-            if site.table is not None:
-                site.table.load(slot, weights.modules)
+            if site not in self.tables and any(part.name in weights.modules for part in site.parts):
+                self.tables[site] = self._new_table(site)
+        for table in self.tables.values():
+            table.load(slot, weights.modules)
         self._slot_of[digest] = slot
         self._observer.adapter_loaded("device", time.monotonic() - start)
         return slot
@@ -204,8 +204,9 @@ class AdapterSlots:
         if rank <= self._rank:
             return
         self._rank = -(-rank // _RANK_STEP) * _RANK_STEP
-        for site in self._sites:
-            if site.table is not None:
-                table = SlotTable(site, self.num_slots, self._rank, self._dtype, self._device)
-                table.copy_from(site.table)
-                site.table = table
+        for site, narrow in self.tables.items():
+            self.tables[site] = self._new_table(site)
+            self.tables[site].copy_from(narrow)
+
+    def _new_table(self, site: BatchedLoraLinear) -> SlotTable:
+        return SlotTable(site, self.num_slots, self._rank, self._dtype, self._device)

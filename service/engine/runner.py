@@ -76,7 +76,8 @@ class Runner:
         decode_start = len(tokens) - len(decodes)
         body += [r.shifted(decode_start) for r in plan_rows([self._residency[w.sequence].slot for w in decodes])]
         attention = self._attention(chunks, decodes, decode_start, rows, positions)
-        with torch.inference_mode(), attending(attention), routing(SlotRouting(body, plan_rows(head))):
+        route = SlotRouting(self._residency.slots.tables, body, plan_rows(head))
+        with torch.inference_mode(), attending(attention), routing(route):
             device = self._base.device
             output = self._base.model(
                 input_ids=torch.tensor([tokens], device=device),

@@ -62,6 +62,9 @@ class Fixture:
     def add(self, digest: str, seed: int, **spec: object) -> None:
         self.weights[digest] = random_lora(BASE, seed=seed, spec=LoraSpec(**{"r": 8, **spec}))  # type: ignore[arg-type]
 
+    def route(self, slots: list[int | None]) -> SlotRouting:
+        return SlotRouting(self.slots.tables, plan_rows(slots), [])
+
     def acquire(self, digest: str) -> int:
         """As the engine does it: ask, sleep until something arrived, ask again."""
         while (slot := self.slots.acquire(digest)) is None:
@@ -99,7 +102,7 @@ def test_rows_of_any_mix_get_their_own_adapter(fixture: Fixture) -> None:
         ["b", None, "b", "b", None, "a", "a"],
     ]
     for mix in mixes:
-        with torch.no_grad(), routing(SlotRouting(plan_rows([slot[m] for m in mix]), [])):
+        with torch.no_grad(), routing(fixture.route([slot[m] for m in mix])):
             got = fixture.qk(x)
         for row, name in enumerate(mix):
             want = expected(fixture.qk, fixture.weights[name] if name else None, x[row : row + 1])[0]
@@ -116,10 +119,8 @@ def test_a_row_has_the_same_bits_alone_and_in_every_mix(fixture: Fixture) -> Non
         alone = []
         for row in range(40):
             y = torch.zeros(1, 48)
-            alone.append(SlotRouting(plan_rows([slots[row % 2]]), []).apply(fixture.qk, x[row : row + 1], y))
-        crowd = SlotRouting(plan_rows([slots[row % 2] for row in range(40)]), []).apply(
-            fixture.qk, x, torch.zeros(40, 48)
-        )
+            alone.append(fixture.route([slots[row % 2]]).apply(fixture.qk, x[row : row + 1], y))
+        crowd = fixture.route([slots[row % 2] for row in range(40)]).apply(fixture.qk, x, torch.zeros(40, 48))
     assert base.shape == crowd.shape
     assert torch.equal(torch.cat(alone), crowd)
 
@@ -166,7 +167,7 @@ def test_a_reused_slot_keeps_nothing_of_the_adapter_before(fixture: Fixture) -> 
     fixture.slots.release("wide")
     slot = fixture.acquire("narrow")
     x = torch.randn(1, 64)
-    with torch.no_grad(), routing(SlotRouting(plan_rows([slot]), [])):
+    with torch.no_grad(), routing(fixture.route([slot])):
         got, out = fixture.qk(x), fixture.out(torch.ones(1, 48))
     torch.testing.assert_close(got, expected(fixture.qk, fixture.weights["narrow"], x), atol=1e-5, rtol=1e-4)
     assert torch.equal(out, fixture.out.base(torch.ones(1, 48)))
@@ -178,7 +179,7 @@ def test_growing_the_tables_for_a_wider_adapter_keeps_those_inside(fixture: Fixt
     slot = fixture.acquire("a")
     fixture.acquire("wide")
     x = torch.randn(1, 64)
-    with torch.no_grad(), routing(SlotRouting(plan_rows([slot]), [])):
+    with torch.no_grad(), routing(fixture.route([slot])):
         torch.testing.assert_close(fixture.qk(x), expected(fixture.qk, fixture.weights["a"], x), atol=1e-5, rtol=1e-4)
 
 
