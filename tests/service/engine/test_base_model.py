@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from adapters.lora import SlotRouting, routing
+from adapters.lora import routing
 from adapters.peft_format import LoraSpec
 from adapters.trainable import TrainableLora, TrainRouting
 from service.engine.base_model import DEFAULT_CHAT_TEMPLATE, BaseModel, Quantization, load_base_model
@@ -229,7 +229,7 @@ def random_adapter(base: BaseModel) -> TrainableLora:
 
 
 def serve(base: BaseModel) -> None:
-    with torch.inference_mode(), routing(SlotRouting([], [])):
+    with torch.inference_mode():
         for count in (1, 7, 24):
             base.model(input_ids=tokens(count), use_cache=False)
 
