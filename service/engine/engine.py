@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 from adapters.errors import AdapterError
@@ -151,7 +151,7 @@ class Engine:
             self._thread.join()
         self._host.close()
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[OutputChunk]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[OutputChunk]:
         """Stream one answer. Closing the iterator aborts the sequence.
 
         Raises (before the first chunk):

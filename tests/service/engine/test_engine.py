@@ -47,6 +47,7 @@ def peft_models(tiny_llama_dir: Path, base: BaseModel, tmp_path_factory: pytest.
             model = PeftModel.from_pretrained(plain, str(directory), adapter_name=name)
         else:
             model.load_adapter(str(directory), adapter_name=name)
+    assert model is not None
     yield model
 
 
