@@ -170,9 +170,7 @@ def write_adapter(
         "target_modules": targets,
         "rank_pattern": dict(spec.rank_pattern),
         "alpha_pattern": dict(spec.alpha_pattern),
-        "layers_to_transform": list(spec.layers_to_transform)
-        if spec.layers_to_transform is not None
-        else None,
+        "layers_to_transform": list(spec.layers_to_transform) if spec.layers_to_transform is not None else None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -184,9 +182,7 @@ def write_adapter(
     for name, pair in weights.modules.items():
         tensors[f"{_KEY_PREFIX}{name}.lora_A.weight"] = pair.a.detach().to("cpu", dtype).contiguous()
         tensors[f"{_KEY_PREFIX}{name}.lora_B.weight"] = pair.b.detach().to("cpu", dtype).contiguous()
-    save_file(
-        tensors, directory / WEIGHTS_NAME, metadata={"format": "pt", "base_fingerprint": base.fingerprint}
-    )
+    save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt", "base_fingerprint": base.fingerprint})
 
 
 def _read_config(directory: Path, base: BaseSignature, max_rank: int) -> LoraSpec:
@@ -218,9 +214,7 @@ def _check_base_name(named: Any, base: BaseSignature) -> None:
         raise AdapterFormatError("base_model_name_or_path is not a string", check="config")
     if named in base.names or re.split(r"[/\\]", named.rstrip("/\\"))[-1] in base.names:
         return
-    raise BaseMismatchError(
-        f"the adapter was made for base {named!r}; loaded is {' = '.join(sorted(base.names))}"
-    )
+    raise BaseMismatchError(f"the adapter was made for base {named!r}; loaded is {' = '.join(sorted(base.names))}")
 
 
 def _spec_from_config(config: dict[str, Any], max_rank: int) -> LoraSpec:
@@ -249,14 +243,12 @@ def _spec_from_config(config: dict[str, Any], max_rank: int) -> LoraSpec:
     return LoraSpec(
         r=config["r"],
         lora_alpha=config.get("lora_alpha", 8),
-        target_modules="all-linear" if targets == "all-linear" else tuple(sorted(targets)),
+        target_modules="all-linear" if isinstance(targets, str) else tuple(sorted(targets or ())),
         use_rslora=bool(config.get("use_rslora", False)),
         lora_dropout=float(config.get("lora_dropout") or 0.0),
         rank_pattern=ranks,
         alpha_pattern=alphas,
-        layers_to_transform=None
-        if layers is None
-        else tuple([layers] if isinstance(layers, int) else layers),
+        layers_to_transform=None if layers is None else tuple([layers] if isinstance(layers, int) else layers),
     )
 
 
@@ -279,9 +271,7 @@ def _read_tensors(
         raise AdapterFormatError(f"{WEIGHTS_NAME}: {error}", check="safetensors") from None
 
 
-def _classify(
-    keys: Iterable[str], expected: Mapping[str, LinearShape]
-) -> tuple[dict[str, tuple[str, str]], list[str]]:
+def _classify(keys: Iterable[str], expected: Mapping[str, LinearShape]) -> tuple[dict[str, tuple[str, str]], list[str]]:
     """Tell LoRA tensors (key -> module, "A"|"B") from copies of embeddings; anything else is refused."""
     found, copies, strangers = {}, [], []
     for key in keys:
@@ -323,9 +313,7 @@ def _check_copy(file: Any, key: str, base: BaseSignature) -> None:
         raise BaseMismatchError(f"{key} differs from the base's own: trained embeddings cannot be served")
 
 
-def _checked_pair(
-    name: str, shape: LinearShape, spec: LoraSpec, tensors: dict[str, torch.Tensor]
-) -> LoraPair:
+def _checked_pair(name: str, shape: LinearShape, spec: LoraSpec, tensors: dict[str, torch.Tensor]) -> LoraPair:
     a, b = (tensors[f"{name}.lora_{half}"].to(torch.float32) for half in "AB")
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise AdapterFormatError(f"{name} has NaN or infinite weights", check="finite")

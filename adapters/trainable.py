@@ -75,9 +75,9 @@ class TrainRouting:
         if spec.lora_dropout and self.training:
             kept = torch.rand(x.shape, generator=self.generator, device=x.device) >= spec.lora_dropout
             x = x * kept / (1 - spec.lora_dropout)
-        factors = [self.adapter.a[name] for _, name in adapted]
+        factors: list[torch.Tensor] = [self.adapter.a[name] for _, name in adapted]
         h = x @ (factors[0] if len(factors) == 1 else torch.cat(factors)).T
-        slices = h.split([a.shape[0] for a in factors], dim=-1)
+        slices = torch.split(h, [a.shape[0] for a in factors], dim=-1)
         deltas = {i: (s @ self.adapter.b[n].T) * spec.scaling_of(n) for (i, n), s in zip(adapted, slices, strict=True)}
         if len(site.parts) == 1:
             return y + deltas[0].to(y.dtype)

@@ -93,8 +93,7 @@ class _WindowPieces:
         return self._decode(self._ids[self._prefix :])[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return text
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
 
 class Detokenizer:
