@@ -14,8 +14,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from service.database import Database, adapter_versions, alias_moves, aliases, epoch_now, lock_tenant
+from service.database import Database, lock_tenant
 from service.errors import ConflictError, InvalidRequestError, NotFoundError
+from service.tables import adapter_versions, alias_moves, aliases, epoch_now
 from service.versions import find_version, model_not_found
 
 ALIAS_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"

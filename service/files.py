@@ -18,8 +18,9 @@ from fsspec.implementations.local import LocalFileSystem
 from sqlalchemy.engine import Connection
 
 from adapters.durable import write_file
-from service.database import Database, Page, epoch_now, files, jobs, lock_tenant, new_id, page_of
+from service.database import Database, Page, lock_tenant, new_id, page_of
 from service.errors import ConflictError, InvalidRequestError, NotFoundError, TooLargeError
+from service.tables import epoch_now, files, jobs
 
 MAX_FILE_BYTES = 512 * 1024 * 1024
 

@@ -15,12 +15,13 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from service.aliases import MoveKind, move_alias
-from service.database import Database, adapter_versions, epoch_now, jobs, lock_tenant, new_id
+from service.database import Database, lock_tenant, new_id
 from service.errors import NotFoundError
 from service.files import StagedFile, insert_file
 from service.job import Claim, Directive, EventLevel, EventType, JobStatus
 from service.job_rows import ending, insert_event, job_of, select_jobs
 from service.jobs import JobObserver
+from service.tables import adapter_versions, epoch_now, jobs
 from service.versions import AdapterVersion, insert_version
 
 
@@ -126,7 +127,7 @@ class JobQueue:
     ) -> None:
         """List a servable snapshot under `…:ckpt-step-{step}`. The same step again replaces the row."""
         model_id = claim.job.checkpoint_model_id(step)
-        with self._fenced(claim) as (connection, _):
+        with self._fenced(claim, locks_tenant=True) as (connection, _):
             connection.execute(adapter_versions.delete().where(adapter_versions.c.id == model_id))
             version = _version(claim, model_id, digest, base_fingerprint, metrics, step)
             insert_version(connection, version, checkpoint_id=new_id("ftckpt"))
@@ -266,7 +267,7 @@ def _why_fenced(connection: Connection, claim: Claim) -> FencedWriteError:
 
 
 def _lock_tenant_of(connection: Connection, claim: Claim) -> None:
-    """Before the job row, as everybody does, so that nobody waits in a circle."""
+    """Before the job row, in the order of whoever deletes a tenant, so that nobody waits in a circle."""
     try:
         lock_tenant(connection, claim.job.tenant_id)
     except NotFoundError:

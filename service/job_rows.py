@@ -8,8 +8,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from service.database import epoch_now, job_events, jobs, new_id, tenants
+from service.database import new_id
 from service.job import Checkpoint, Event, EventLevel, EventType, Job, JobError, JobSpec, JobStatus
+from service.tables import epoch_now, job_events, jobs, tenants
 
 UNFINISHED = (JobStatus.QUEUED, JobStatus.RUNNING)
 

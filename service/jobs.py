@@ -14,22 +14,12 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from service.aliases import check_alias_name
-from service.database import (
-    Database,
-    Page,
-    adapter_versions,
-    epoch_now,
-    job_events,
-    job_metadata,
-    jobs,
-    lock_tenant,
-    new_id,
-    page_of,
-)
+from service.database import Database, Page, lock_tenant, new_id, page_of
 from service.errors import ConflictError, InvalidRequestError, NotFoundError
 from service.files import require_training_file
 from service.job import Checkpoint, Event, Job, JobSpec, JobStatus
 from service.job_rows import UNFINISHED, checkpoint_of, ending, event_of, insert_event, job_of, select_jobs
+from service.tables import adapter_versions, epoch_now, job_events, job_metadata, jobs
 
 KEY_WINDOW_SECONDS = 24 * 3600.0
 RETRY_WINDOW_SECONDS = 900.0

@@ -12,8 +12,9 @@ from sqlalchemy.engine import Connection
 
 from adapters.errors import BaseMismatchError
 from service.aliases import Aliases, active_model, names_pointing_at
-from service.database import Database, adapter_versions, jobs, lock_tenant
+from service.database import Database, lock_tenant
 from service.errors import ConflictError, InvalidRequestError
+from service.tables import adapter_versions, jobs
 from service.versions import AdapterVersion, find_version, model_not_found, version_of
 
 

@@ -17,18 +17,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from service.database import (
-    Database,
-    adapter_versions,
-    api_keys,
-    database_now,
-    epoch_now,
-    files,
-    lock_tenant,
-    new_id,
-    tenants,
-)
+from service.database import Database, database_now, lock_tenant, new_id
 from service.errors import InvalidRequestError, NotFoundError
+from service.tables import adapter_versions, api_keys, epoch_now, files, tenants
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 

@@ -9,8 +9,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from service.database import adapter_versions, epoch_now
 from service.errors import NotFoundError
+from service.tables import adapter_versions, epoch_now
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,13 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from service.database import SCHEMA_VERSION, Database, connect, jobs
+from service.database import Database, connect
 from service.files import FilePurpose, Files
 from service.job import Claim, Job, JobSpec, JobStatus
 from service.job_queue import JobQueue
 from service.jobs import Idempotency, Jobs
 from service.registry import BaseIdentity, Registry
+from service.tables import SCHEMA_VERSION, jobs
 from service.tenants import Tenant, Tenants
 
 __all__ = ["control", "database", "database_url", "postgres_server", "postgres_url"]

@@ -9,17 +9,9 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from service.database import (
-    Database,
-    DatabaseSetupError,
-    connect,
-    database_now,
-    new_id,
-    page_of,
-    schema_version,
-    tenants,
-)
+from service.database import Database, DatabaseSetupError, connect, database_now, new_id, page_of
 from service.errors import InvalidRequestError
+from service.tables import files, schema_version, tenants
 
 
 def _insert_tenant(database: Database, name: str) -> None:
@@ -98,8 +90,6 @@ def test_sqlite_syncs_every_commit_and_enforces_foreign_keys(tmp_path: Path) -> 
 
 
 def test_pages_follow_each_other_without_gap_or_overlap(database: Database) -> None:
-    from service.database import files
-
     _insert_tenant(database, "acme")
     with database.begin() as connection:
         owner = connection.execute(sa.select(tenants.c.id)).scalar_one()

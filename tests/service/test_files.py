@@ -9,9 +9,10 @@ import fsspec
 import pytest
 import sqlalchemy as sa
 
-from service.database import Database, connect, files
+from service.database import Database, connect
 from service.errors import ConflictError, InvalidRequestError, NotFoundError, TooLargeError
 from service.files import FilePurpose, Files
+from service.tables import files
 from service.tenants import Tenants
 from tests.service.control_fixtures import Control
 

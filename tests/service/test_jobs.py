@@ -6,11 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from service.database import connect, jobs
+from service.database import connect
 from service.errors import ConflictError, InvalidRequestError, NotFoundError
 from service.files import FilePurpose
 from service.job import Hyperparameters, Job, JobSpec, JobStatus
 from service.jobs import Idempotency, Jobs
+from service.tables import jobs
 from tests.service.control_fixtures import Control
 
 BODY, OTHER_BODY = "a" * 64, "b" * 64

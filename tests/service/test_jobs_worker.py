@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from service.database import jobs
 from service.errors import NotFoundError
 from service.files import FilePurpose
 from service.job import Claim, Directive, EventLevel, EventType, JobError, JobStatus
 from service.job_queue import ClaimEndedError, FencedWriteError, JobCancelledError, JobQueue
+from service.tables import jobs
 from tests.service.control_fixtures import BASE, Control
 
 REPOSITORY = Path(__file__).parents[2]

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from service.database import adapter_versions, aliases, api_keys, connect, files, job_events, jobs
+from service.database import connect
 from service.errors import InvalidRequestError, NotFoundError
+from service.tables import adapter_versions, aliases, api_keys, files, job_events, jobs
 from service.tenants import Tenants
 from tests.service.control_fixtures import Control
 

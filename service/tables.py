@@ -1,0 +1,170 @@
+"""Every table, and the SQL of the database's own clock. Knows no connection; a change raises `SCHEMA_VERSION`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import Boolean, Column, Float, ForeignKey, Index, Integer, String, Table, Text
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+SCHEMA_VERSION = 1
+
+metadata = sa.MetaData()
+
+
+def _tenant_column(**options: Any) -> Column[str]:
+    return Column("tenant_id", ForeignKey("tenants.id", ondelete="CASCADE"), nullable=False, **options)
+
+
+schema_version = Table("schema_version", metadata, Column("version", Integer, primary_key=True))
+
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("name", String(64), nullable=False, unique=True),
+    Column("created_at", Float(53), nullable=False),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    _tenant_column(index=True),
+    Column("digest", String(64), nullable=False),
+    Column("created_at", Float(53), nullable=False),
+)
+
+files = Table(
+    "files",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    _tenant_column(index=True),
+    Column("filename", Text, nullable=False),
+    Column("purpose", String(32), nullable=False),
+    Column("bytes", sa.BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("storage_key", Text, nullable=False),
+    Column("created_at", Float(53), nullable=False),
+    Column("expires_at", Float(53)),
+    sqlite_autoincrement=True,
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    _tenant_column(),
+    Column("spec", sa.JSON, nullable=False),
+    Column("training_file", String(64), nullable=False),
+    Column("validation_file", String(64)),
+    Column("parent_digest", String(64)),
+    Column("state", String(16), nullable=False),
+    Column("files_validated", Boolean, nullable=False, default=False),
+    Column("paused", Boolean, nullable=False, default=False),
+    Column("attempt", Integer, nullable=False, default=0),
+    Column("num_lost_leases", Integer, nullable=False, default=0),
+    Column("worker", String(128)),
+    Column("lease_renewed_at", Float(53)),
+    Column("lease_expires_at", Float(53)),
+    Column("created_at", Float(53), nullable=False),
+    Column("finished_at", Float(53)),
+    Column("estimated_finish", Float(53)),
+    Column("trained_tokens", sa.BigInteger),
+    Column("resolved", sa.JSON(none_as_null=True)),
+    Column("resume_point", Text),
+    Column("fine_tuned_model", Text),
+    Column("result_files", sa.JSON, nullable=False, default=list),
+    Column("error", sa.JSON(none_as_null=True)),
+    Column("idempotency_key", Text),
+    Column("request_digest", String(64), nullable=False),
+    Index("jobs_by_tenant", "tenant_id", "seq"),
+    Index("jobs_by_state", "state", "seq"),
+    sqlite_autoincrement=True,
+)
+
+job_metadata = Table(
+    "job_metadata",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("key", String(64), primary_key=True),
+    Column("value", String(512), nullable=False),
+)
+
+job_events = Table(
+    "job_events",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("created_at", Float(53), nullable=False),
+    Column("level", String(8), nullable=False),
+    Column("type", String(8), nullable=False),
+    Column("message", Text, nullable=False),
+    Column("data", sa.JSON(none_as_null=True)),
+    Index("events_by_job", "job_id", "seq"),
+    sqlite_autoincrement=True,
+)
+
+adapter_versions = Table(
+    "adapter_versions",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("id", String(512), nullable=False, unique=True),
+    _tenant_column(index=True),
+    Column("digest", String(64), nullable=False, index=True),
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False, index=True),
+    Column("base_model", Text, nullable=False),
+    Column("base_fingerprint", Text, nullable=False),
+    Column("checkpoint_id", String(64), unique=True),
+    Column("step", Integer),
+    Column("created_at", Float(53), nullable=False),
+    Column("metrics", sa.JSON, nullable=False),
+    sqlite_autoincrement=True,
+)
+"""Published versions, and checkpoints: those carry `checkpoint_id` and `step`."""
+
+alias_moves = Table(
+    "alias_moves",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    _tenant_column(),
+    Column("alias", String(64), nullable=False),
+    Column("model", String(512), nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("previous", Integer),
+    Column("created_at", Float(53), nullable=False),
+    Index("moves_by_alias", "tenant_id", "alias", "seq"),
+    sqlite_autoincrement=True,
+)
+"""Append-only; `previous` is the move that a rollback of this one returns to."""
+
+aliases = Table(
+    "aliases",
+    metadata,
+    _tenant_column(primary_key=True),
+    Column("name", String(64), primary_key=True),
+    Column("move", ForeignKey("alias_moves.seq"), nullable=False),
+)
+"""The active pointer of each alias."""
+
+
+class epoch_now(FunctionElement[float]):
+    """Unix seconds by the database's clock, read when the statement runs (not when its transaction began)."""
+
+    type = Float(53)
+    inherit_cache = True
+
+
+@compiles(epoch_now, "sqlite")
+def _epoch_now_sqlite(element: Any, compiler: Any, **options: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(epoch_now, "postgresql")
+def _epoch_now_postgresql(element: Any, compiler: Any, **options: Any) -> str:
+    return "CAST(extract(epoch from clock_timestamp()) AS double precision)"
