@@ -7,6 +7,7 @@ SIGTERM or SIGINT: /readyz turns 503, no new connection is taken, running answer
 from __future__ import annotations
 
 import asyncio
+import importlib
 import secrets
 import signal
 import socket
@@ -20,7 +21,6 @@ import uvicorn
 from pydantic import SecretStr
 
 from service.api.ops import create_ops_app
-from service.app import create_app, open_services
 from service.config import Settings, SettingsError
 from service.health import Health
 from service.metrics import Metrics
@@ -40,7 +40,7 @@ def serve(settings: Settings) -> None:
     """Serve until a signal comes. Raises SettingsError when a port is taken, and what `open_services` raises."""
     api_socket = _listen(settings.host, settings.port, "port")
     ops_socket = _listen(settings.host, settings.ops_port, "ops_port")
-    with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:
         runner.run(_serve(settings, api_socket, ops_socket))
 
 
@@ -49,8 +49,11 @@ async def _serve(settings: Settings, api_socket: socket.socket, ops_socket: sock
     health = Health(settings.stall_seconds)
     ops = _server(create_ops_app(metrics, health), 0.0)
     ops_task = asyncio.create_task(ops.serve([ops_socket]))
-    opening = open_services(settings, metrics, _admin_key(settings))
     try:
+        await asyncio.to_thread(importlib.import_module, "service.app")  # torch: seconds, /livez answers meanwhile
+        from service.app import create_app, open_services
+
+        opening = open_services(settings, metrics, _admin_key(settings))
         services = await asyncio.to_thread(opening.__enter__)
         try:
             health.watch(services.engine)

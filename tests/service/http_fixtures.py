@@ -14,6 +14,7 @@ from typing import cast
 
 import httpx
 import pytest
+import structlog
 import uvicorn
 from openai import OpenAI
 from pydantic import SecretStr
@@ -96,6 +97,8 @@ def shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]
 def serve_fake(directory: Path, **settings: object) -> Iterator[Served]:
     """The service with a `FakeEngine`, real otherwise; `settings` as in `service.config`."""
     with ExitStack() as stack:
+        structlog.configure(logger_factory=structlog.ReturnLoggerFactory())  # logs would mingle with what a CLI prints
+        stack.callback(structlog.reset_defaults)
         url = f"sqlite:///{directory / 'rootstock.db'}"
         database = connect(url)
         stack.callback(database.close)

@@ -1,0 +1,27 @@
+"""The command line `rootstock`. Only `serve` loads the service; the others speak to one over HTTP.
+
+Exit status: 0 done, 1 the service refused or the job failed, 2 wrong usage or settings, 3 no service there.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from service.cli import adapters, serve, tenants, tune
+
+app = typer.Typer(
+    name="rootstock",
+    help=__doc__,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("serve")(serve.serve)
+app.command("tune")(tune.tune)
+app.add_typer(tenants.app, name="tenants")
+app.add_typer(adapters.app, name="adapters")
+
+
+def main() -> None:
+    """Entry point of the `rootstock` script."""
+    app()

@@ -1,0 +1,117 @@
+"""`rootstock serve` as a process of its own, on a real (tiny, random) base."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from socket import create_server
+
+import httpx
+import openai
+import pytest
+
+ADMIN_KEY = "the-administrators-own-key"
+
+
+@dataclass(frozen=True)
+class Running:
+    """A serving process."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    ops_url: str
+
+    def ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.ops_url}/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def client(self) -> openai.OpenAI:
+        made = httpx.post(
+            f"{self.url}/v1/admin/tenants", json={"name": "acme"}, headers={"authorization": f"Bearer {ADMIN_KEY}"}
+        )
+        key = made.raise_for_status().json()["api_key"]
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, _strict_response_validation=True)
+
+
+@contextmanager
+def rootstock_serve(base: Path, data_dir: Path) -> Iterator[Running]:
+    port, ops_port = _free_port(), _free_port()
+    command = [sys.executable, "-c", "from service.cli import main; main()", "serve"]
+    options = {"port": port, "ops-port": ops_port, "base": base, "data-dir": data_dir, "log-format": "json"}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    environment = {**os.environ, "ROOTSTOCK_ADMIN_KEY": ADMIN_KEY, "OMP_NUM_THREADS": "1"}
+    with (data_dir / "log").open("wb") as log:
+        process = subprocess.Popen([*command, *flags], env=environment, stdout=log, stderr=log)
+    running = Running(process, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{ops_port}")
+    try:
+        deadline = time.monotonic() + 120
+        while not running.ready():
+            assert process.poll() is None and time.monotonic() < deadline, (data_dir / "log").read_text()
+            time.sleep(0.1)
+        yield running
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _free_port() -> int:
+    with create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+        return port
+
+
+@pytest.mark.slow
+def test_serve_answers_and_on_sigterm_finishes_the_running_stream_before_it_exits(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    with rootstock_serve(tiny_llama_dir, tmp_path) as running, running.client() as client:
+        (model,) = client.models.list().data
+        same = [
+            client.chat.completions.create(
+                model=model.id, messages=[{"role": "user", "content": "How many?"}], seed=7, max_tokens=8
+            )
+            for _ in range(2)
+        ]
+        assert same[0].choices[0].message.content == same[1].choices[0].message.content
+        stream = client.chat.completions.create(
+            model=model.id,
+            messages=[{"role": "user", "content": "How many adapters are resident?"}],
+            max_tokens=400,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )
+        next(iter(stream))
+        running.process.send_signal(signal.SIGTERM)
+        last = list(stream)[-1]
+        assert last.usage is not None and last.usage.completion_tokens == 400
+        assert running.process.wait(30) == 0
+        log = (tmp_path / "log").read_text()
+        assert '"event": "service_draining"' in log and '"event": "service_stopped"' in log
+        assert "How many" not in log and ADMIN_KEY not in log and "Traceback" not in log
+
+
+@pytest.mark.slow
+def test_a_base_that_is_not_there_stops_start_up_with_a_message(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError) as caught, rootstock_serve(tmp_path / "nothing", tmp_path):
+        pass
+    assert "error:" in str(caught.value) and "nothing" in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_taken_port_stops_start_up_before_the_base_is_loaded(tmp_path: Path) -> None:
+    with create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-c", "from service.cli import main; main()", "serve", f"--port={port}"]
+        served = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=60)
+    assert served.returncode == 2
+    assert f"port: cannot listen on 127.0.0.1:{port}: Address already in use" in served.stderr

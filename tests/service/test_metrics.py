@@ -1,0 +1,186 @@
+"""Metrics as a scraper sees them, read with Prometheus' own parsers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from service.engine.sequence import FinishReason, SequenceReport
+from service.job import JobStatus
+from service.metrics import DURATION_BUCKETS, TPOT_BUCKETS, TTFT_BUCKETS, Metrics, Origin
+from tests.fakes import FakeEngine
+
+CHAT = Origin("chat", "0af7651916cd43dd8448eb211c80319c")
+
+CONTRACT = {
+    "rootstock_time_to_first_token_seconds": ("histogram", {"operation"}),
+    "rootstock_time_per_output_token_seconds": ("histogram", {"operation"}),
+    "rootstock_request_duration_seconds": ("histogram", {"operation"}),
+    "rootstock_queue_wait_seconds": ("histogram", {"operation"}),
+    "rootstock_adapter_load_seconds": ("histogram", {"tier"}),
+    "rootstock_training_job_seconds": ("histogram", {"outcome"}),
+    "rootstock_requests_total": ("counter", {"operation", "outcome"}),
+    "rootstock_tokens_total": ("counter", {"type"}),
+    "rootstock_adapter_evictions_total": ("counter", {"reason"}),
+    "rootstock_adapter_verify_failures_total": ("counter", {"reason"}),
+    "rootstock_jobs_total": ("counter", {"state"}),
+    "rootstock_job_fenced_writes_total": ("counter", set()),
+    "rootstock_tenant_label_overflow_total": ("counter", set()),
+    "rootstock_tenant_requests_total": ("counter", {"tenant"}),
+    "rootstock_requests_running": ("gauge", set()),
+    "rootstock_requests_waiting": ("gauge", set()),
+    "rootstock_adapters_resident": ("gauge", {"tier"}),
+    "rootstock_adapter_slots": ("gauge", {"tier"}),
+    "rootstock_kv_cache_usage_ratio": ("gauge", set()),
+    "rootstock_lease_age_seconds_max": ("gauge", set()),
+}
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    """With something in every series."""
+    metrics = Metrics(max_tenant_labels=2, router_aliases=True)
+    metrics.watch_engine(FakeEngine().stats)
+    metrics.watch_leases(lambda: 4.5)
+    metrics.request_finished(CHAT, "tenant-a", "success", 0.2)
+    metrics.sequence_submitted("chatcmpl-1-0", CHAT)
+    metrics.sequence_finished(report("chatcmpl-1-0"))
+    metrics.adapter_loaded("device", 0.02)
+    metrics.adapter_evicted("capacity")
+    metrics.adapter_verify_failed("digest")
+    metrics.job_entered(JobStatus.QUEUED)
+    metrics.write_fenced()
+    metrics.job_run_finished("succeeded", 12.0)
+    metrics.tokens_trained(100)
+    return metrics
+
+
+def report(request_id: str) -> SequenceReport:
+    return SequenceReport(request_id, "t", None, FinishReason.STOP, 7, 3, 0.004, 0.03, 0.1, (0.01, 0.02))
+
+
+def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    text, _ = metrics.exposition("text/plain")
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in parse_text(text.decode())
+        for sample in family.samples
+    }
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return samples(metrics).get((f"rootstock_{name}", tuple(sorted(labels.items()))))
+
+
+def test_every_name_of_the_contract_is_there_with_its_labels_and_nothing_else(metrics: Metrics) -> None:
+    found: dict[str, tuple[str, set[str]]] = {}
+    for family in parse_text(metrics.exposition("text/plain")[0].decode()):
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = {label for sample in family.samples for label in sample.labels} - {"le"}
+        found[name] = (family.type, labels)
+    assert {name: kind for name, kind in found.items() if name.startswith("rootstock_")} == CONTRACT
+    assert {name for name in found if not name.startswith("rootstock_")} == {
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:kv_cache_usage_perc",
+        "vllm:lora_requests_info",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "buckets"),
+    [
+        ("time_to_first_token_seconds", TTFT_BUCKETS),
+        ("time_per_output_token_seconds", TPOT_BUCKETS),
+        ("request_duration_seconds", DURATION_BUCKETS),
+    ],
+)
+def test_buckets_are_those_of_the_contract(metrics: Metrics, name: str, buckets: tuple[float, ...]) -> None:
+    edges = {
+        float(dict(labels)["le"])
+        for (sample, labels) in samples(metrics)
+        if sample == f"rootstock_{name}_bucket" and ("operation", "chat") in labels
+    }
+    assert edges == {*buckets, float("inf")}
+
+
+def test_a_sequence_is_counted_under_the_operation_that_asked_for_it(metrics: Metrics) -> None:
+    metrics.sequence_finished(report("eval-1"))
+    assert value(metrics, "time_to_first_token_seconds_count", operation="chat") == 1
+    assert value(metrics, "time_per_output_token_seconds_count", operation="chat") == 2
+    assert value(metrics, "time_to_first_token_seconds_count", operation="internal") == 1
+    assert value(metrics, "tokens_total", type="prompt") == 14
+    assert value(metrics, "tokens_total", type="completion") == 6
+    assert value(metrics, "tokens_total", type="training") == 100
+
+
+def test_what_was_refused_has_no_duration(metrics: Metrics) -> None:
+    metrics.request_finished(CHAT, None, "rejected", 0.001)
+    assert value(metrics, "requests_total", operation="chat", outcome="rejected") == 1
+    assert value(metrics, "request_duration_seconds_count", operation="chat") == 1
+
+
+def test_openmetrics_is_spoken_when_asked_for_and_its_exemplars_carry_the_trace_id(metrics: Metrics) -> None:
+    text, content_type = metrics.exposition("application/openmetrics-text; version=1.0.0")
+    assert content_type.startswith("application/openmetrics-text")
+    exemplars: list[Any] = [
+        sample.exemplar
+        for family in parse_openmetrics(text.decode())
+        if family.name == "rootstock_time_to_first_token_seconds"
+        for sample in family.samples
+        if sample.exemplar
+    ]
+    assert [exemplar.labels for exemplar in exemplars] == [{"trace_id": CHAT.trace_id}]
+
+
+def test_two_services_in_one_process_count_apart(metrics: Metrics) -> None:
+    assert value(Metrics(), "requests_total", operation="chat", outcome="success") is None
+
+
+def test_tenants_beyond_the_cap_share_a_label_and_are_counted_as_overflow(metrics: Metrics) -> None:
+    for tenant in ("tenant-b", "tenant-c", "tenant-d"):
+        metrics.request_finished(CHAT, tenant, "success", 0.1)
+    assert value(metrics, "tenant_requests_total", tenant="tenant-b") == 1
+    assert value(metrics, "tenant_requests_total", tenant="_other") == 2
+    assert value(metrics, "tenant_requests_total", tenant="tenant-c") is None
+    assert value(metrics, "tenant_label_overflow_total") == 2
+
+
+def test_a_busy_latecomer_takes_the_label_of_a_quiet_tenant(metrics: Metrics) -> None:
+    for tenant in ["tenant-b"] * 5 + ["tenant-c"] * 4:
+        metrics.request_finished(CHAT, tenant, "success", 0.1)
+    assert value(metrics, "tenant_requests_total", tenant="tenant-a") is None
+    assert value(metrics, "tenant_requests_total", tenant="tenant-b") == 5
+    assert value(metrics, "tenant_requests_total", tenant="tenant-c") == 1  # its first three went to _other
+    assert value(metrics, "tenant_requests_total", tenant="_other") == 3
+
+
+def test_a_deleted_tenants_series_end_and_its_label_is_free(metrics: Metrics) -> None:
+    metrics.request_finished(CHAT, "tenant-b", "success", 0.1)
+    metrics.forget_tenant("tenant-a")
+    metrics.request_finished(CHAT, "tenant-a", "success", 0.1)  # it was still running
+    metrics.request_finished(CHAT, "tenant-c", "success", 0.1)
+    assert value(metrics, "tenant_requests_total", tenant="tenant-a") is None
+    assert value(metrics, "tenant_requests_total", tenant="tenant-c") == 1
+
+
+def test_deleting_a_tenant_that_never_asked_for_anything_is_no_error(metrics: Metrics) -> None:
+    metrics.forget_tenant("tenant-z")
+
+
+def test_routers_see_loaded_adapters_as_running_and_none_in_two_lists(metrics: Metrics) -> None:
+    (labels,) = [dict(labels) for (name, labels) in samples(metrics) if name == "vllm:lora_requests_info"]
+    assert labels == {
+        "max_lora": "32",
+        "running_lora_adapters": "a" * 64,
+        "waiting_lora_adapters": "c" * 64,
+    }
+
+
+def test_without_the_flag_no_foreign_name_is_exported() -> None:
+    metrics = Metrics()
+    metrics.watch_engine(FakeEngine().stats)
+    assert b"vllm:" not in metrics.exposition("")[0]
