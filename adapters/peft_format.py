@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from adapters.errors import AdapterFormatError, BaseMismatchError
 
@@ -182,7 +182,18 @@ def write_adapter(
     for name, pair in weights.modules.items():
         tensors[f"{_KEY_PREFIX}{name}.lora_A.weight"] = pair.a.detach().to("cpu", dtype).contiguous()
         tensors[f"{_KEY_PREFIX}{name}.lora_B.weight"] = pair.b.detach().to("cpu", dtype).contiguous()
-    save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt", "base_fingerprint": base.fingerprint})
+    data = save(tensors, metadata={"format": "pt", "base_fingerprint": base.fingerprint})
+    (directory / WEIGHTS_NAME).write_bytes(_with_sorted_metadata(data))
+
+
+def _with_sorted_metadata(data: bytes) -> bytes:
+    """The same safetensors file; the library writes metadata in random order, so equal weights had two digests."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    assert len(encoded) <= size
+    return data[:8] + encoded.ljust(size) + data[8 + size :]
 
 
 def _read_config(directory: Path, base: BaseSignature, max_rank: int) -> LoraSpec:

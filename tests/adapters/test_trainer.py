@@ -285,3 +285,13 @@ def test_a_validation_score_is_the_mean_over_all_learned_tokens(grafted: Grafted
     score = trainer.evaluate()
     assert score.loss == pytest.approx(total / count, rel=1e-5)
     assert score.accuracy == right / count
+
+
+def test_equal_weights_are_written_to_equal_bytes(grafted: GraftedBase, codec: TemplateCodec, tmp_path: Path) -> None:
+    """The writer's metadata came in random order: one adapter had two digests."""
+    weights = _trainer(grafted, codec).adapter.weights()
+    written = set()
+    for copy in range(12):
+        write_adapter(tmp_path / str(copy), weights, base_name="tiny", base=grafted.signature)
+        written.add((tmp_path / str(copy) / "adapter_model.safetensors").read_bytes())
+    assert len(written) == 1
