@@ -33,7 +33,7 @@ from service.tuning_worker import TuningWorker
 
 def create_app(services: Services) -> FastAPI:
     """The API. It starts and stops nothing: `open_services` does."""
-    app = FastAPI(title="Rootstock", docs_url=None, redoc_url=None)
+    app = FastAPI(title="Rootstock", openapi_url=None)  # nothing is shown to who has no key
     app.state.services = services
     for module in (chat, completions, files, fine_tuning, models, adapters, aliases, admin):
         app.include_router(module.router)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import structlog
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
@@ -32,6 +33,8 @@ DURATION_BUCKETS = (
 )
 LOAD_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 JOB_BUCKETS = (1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400, 43200, 86400)
+
+log = structlog.get_logger("service.metrics")
 
 INTERNAL_OPERATION = "internal"
 """What nobody asked for over HTTP: self-checks, evaluations."""
@@ -191,13 +194,17 @@ class Metrics:
 
 
 class _Scrape:
-    """A prometheus_client collector made of one function."""
+    """A prometheus_client collector made of one function. One that fails must not cost the whole scrape."""
 
     def __init__(self, collect: Callable[[], Iterable[Metric]]) -> None:
         self._collect = collect
 
     def collect(self) -> Iterable[Metric]:
-        return self._collect()
+        try:
+            return list(self._collect())
+        except Exception as error:
+            log.warning("scrape_incomplete", reason=type(error).__name__)
+            return []
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

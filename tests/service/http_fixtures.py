@@ -48,6 +48,8 @@ class Served:
     engine: FakeEngine
     metrics: Metrics
     health: Health
+    operations: tuple[tuple[str, str], ...]
+    """(method, path) of everything the API answers."""
     closing: ExitStack
     """Closes, with the service, what its tests opened."""
 
@@ -98,7 +100,6 @@ def serve_fake(directory: Path, **settings: object) -> Iterator[Served]:
     """The service with a `FakeEngine`, real otherwise; `settings` as in `service.config`."""
     with ExitStack() as stack:
         structlog.configure(logger_factory=structlog.ReturnLoggerFactory())  # logs would mingle with what a CLI prints
-        stack.callback(structlog.reset_defaults)
         url = f"sqlite:///{directory / 'rootstock.db'}"
         database = connect(url)
         stack.callback(database.close)
@@ -122,8 +123,10 @@ def serve_fake(directory: Path, **settings: object) -> Iterator[Served]:
             registry=control.registry,
             store=AdapterStore(str(directory / "adapters"), directory / "cache"),
         )
-        api_url, ops_url = stack.enter_context(serve_apps(create_app(services), create_ops_app(metrics, health)))
-        yield Served(api_url, ops_url, control, engine, metrics, health, stack)
+        app = create_app(services)
+        operations = tuple((method, path) for path, methods in app.openapi()["paths"].items() for method in methods)
+        api_url, ops_url = stack.enter_context(serve_apps(app, create_ops_app(metrics, health)))
+        yield Served(api_url, ops_url, control, engine, metrics, health, operations, stack)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import structlog
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
@@ -128,7 +129,7 @@ def test_openmetrics_is_spoken_when_asked_for_and_its_exemplars_carry_the_trace_
     assert content_type.startswith("application/openmetrics-text")
     exemplars: list[Any] = [
         sample.exemplar
-        for family in parse_openmetrics(text.decode())
+        for family in parse_openmetrics(text.decode())  # type: ignore[no-untyped-call]
         if family.name == "rootstock_time_to_first_token_seconds"
         for sample in family.samples
         if sample.exemplar
@@ -178,6 +179,19 @@ def test_routers_see_loaded_adapters_as_running_and_none_in_two_lists(metrics: M
         "running_lora_adapters": "a" * 64,
         "waiting_lora_adapters": "c" * 64,
     }
+
+
+def test_a_gauge_that_cannot_be_read_leaves_the_rest_of_the_scrape(metrics: Metrics) -> None:
+    def fail() -> float:
+        raise ConnectionError("the database is away")
+
+    broken = Metrics()
+    broken.watch_engine(FakeEngine().stats)
+    broken.watch_leases(fail)
+    with structlog.testing.capture_logs() as logs:
+        assert value(broken, "lease_age_seconds_max") is None
+    assert value(broken, "requests_waiting") == 3
+    assert logs[0]["event"] == "scrape_incomplete"
 
 
 def test_without_the_flag_no_foreign_name_is_exported() -> None:
