@@ -27,11 +27,14 @@ LOWEST_PRIORITY = 19
 class TuningWorker:
     """One job at a time. `start` it once; `stop` gives a running job back with its state saved."""
 
-    def __init__(self, services: TuningServices, *, name: str, poll_seconds: float = 0.5) -> None:
+    def __init__(
+        self, services: TuningServices, *, name: str, poll_seconds: float = 0.5, heartbeat_seconds: float = 1.0
+    ) -> None:
+        """`heartbeat_seconds` is how long a pause or cancel may take to be noticed, at most."""
         self._services = services
         self._name = name
         self._poll_seconds = poll_seconds
-        self._heartbeat = Heartbeat(services.queue)
+        self._heartbeat = Heartbeat(services.queue, max_interval_seconds=heartbeat_seconds)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="tuning", daemon=True)
 

@@ -32,7 +32,7 @@ def _chat(*contents: str, untrained: tuple[int, ...] = (), line: int = 1) -> Cha
 
 
 def _learned(codec: TemplateCodec, tokens: list[int], spans: tuple[tuple[int, int], ...]) -> list[str]:
-    return [codec.tokenizer.decode(tokens[start:stop]) for start, stop in spans]
+    return [str(codec.tokenizer.decode(tokens[start:stop])) for start, stop in spans]
 
 
 def test_only_the_answer_and_its_end_of_turn_are_learned(codec: TemplateCodec) -> None:

@@ -145,4 +145,5 @@ def test_a_validation_file_may_be_small_and_is_named_in_its_complaints() -> None
 
 def test_examples_can_be_fetched_again_by_line() -> None:
     stream = _jsonl([_chat(f"q{i}") for i in range(1, 20)])
-    assert [example.prompt[0].content for example in examples_at(stream, {3, 17})] == ["q3", "q17"]
+    found = examples_at(stream, {3, 17})
+    assert [example.prompt[0] for example in found] == [Message("user", "q3"), Message("user", "q17")]

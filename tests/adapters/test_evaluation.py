@@ -142,7 +142,9 @@ def test_shots_stand_between_the_system_message_and_the_question() -> None:
     prompted = with_shots(example, [shot])
     assert isinstance(prompted, ChatExample)
     assert [message.content for message in prompted.messages] == ["Be brief.", "a?", "A", "b?", "B"]
-    assert [message.trained for message in last_answer_only(prompted).messages] == [False] * 4 + [True]
+    last_only = last_answer_only(prompted)
+    assert isinstance(last_only, ChatExample)
+    assert [message.trained for message in last_only.messages] == [False] * 4 + [True]
 
 
 def test_shots_of_completions_are_paragraphs() -> None:

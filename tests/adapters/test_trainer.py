@@ -85,7 +85,7 @@ def _plain_peft_losses(base_dir: Path, adapter_dir: Path, trainer: Trainer, num_
             labels[row, : len(tokens)] = torch.where(trained, tokens.long(), -100)
         logits = model(input_ids=ids, attention_mask=mask).logits
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, CONFIG.max_grad_norm)
         optimizer.step()
         schedule.step()
@@ -260,7 +260,7 @@ def test_a_skipped_step_moves_no_master(grafted: GraftedBase, codec: TemplateCod
     trainer.step()
     before = _bits(trainer)
     parameter = trainer.adapter.parameters()[0]
-    hook = parameter.register_hook(lambda gradient: gradient * float("inf"))
+    hook = parameter.register_hook(lambda gradient: gradient * float("inf"))  # type: ignore[no-untyped-call]
     assert trainer.step().skipped
     hook.remove()
     assert _bits(trainer) == before

@@ -90,7 +90,8 @@ class Workshop:
         return read_adapter(self.store.directory(digest), self.base.signature, max_rank=64)
 
     def await_state(self, job: Job, state: JobStatus, seconds: float = 60) -> Job:
-        return self.await_that(lambda: self.job(job).state is state, seconds) or self.job(job)
+        self.await_that(lambda: self.job(job).state is state, seconds)
+        return self.job(job)
 
     def await_that(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
