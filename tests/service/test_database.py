@@ -109,3 +109,16 @@ def test_pages_follow_each_other_without_gap_or_overlap(database: Database) -> N
         with pytest.raises(InvalidRequestError) as caught:
             page_of(connection, sa.select(files), files, after="file-none", limit=3, descending=True)
     assert caught.value.param == "after"
+
+
+def test_two_processes_that_read_before_they_write_both_get_through(database: Database, database_url: str) -> None:
+    other = connect(database_url)  # another process has locks of its own, as this second handle has
+    thread = threading.Thread(target=_insert_tenant, args=(other, "second"))
+    with database.begin() as connection:
+        assert connection.execute(sa.select(tenants)).all() == []
+        thread.start()
+        thread.join(0.3)  # on SQLite it waits for us; had it not to, our snapshot would be stale by now
+        connection.execute(tenants.insert().values(id="t", name="first", created_at=0.0))
+    thread.join()
+    assert _names(database) == {"first", "second"}
+    other.close()

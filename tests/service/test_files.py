@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +18,8 @@ from service.files import FilePurpose, Files
 from service.tables import files
 from service.tenants import Tenants
 from tests.service.control_fixtures import Control
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def _contents(control: Control) -> list[Path]:
@@ -161,3 +166,38 @@ def test_content_may_lie_on_a_remote_file_system(database: Database) -> None:
     memory = fsspec.filesystem("memory")
     assert memory.find("/rootstock-files-test") == []
     memory.store.clear()
+
+
+WRITER = """
+import sys
+from service.database import connect
+from service.files import FilePurpose, Files
+from service.tenants import Tenants
+database = connect(sys.argv[1])
+files, tenants = Files(database, sys.argv[2]), Tenants(database)
+for number in range(1_000_000):
+    tenant, key = tenants.create(f"t{number}")
+    file = files.create(tenant.id, "f", FilePurpose.FINE_TUNE, [b"x" * 70_000, str(number).encode()])
+    print(key, file.id, flush=True)
+"""
+
+
+def test_after_kill_9_whatever_was_acknowledged_is_there_and_whole(database_url: str, tmp_path: Path) -> None:
+    storage = str(tmp_path / "storage")
+    command = [sys.executable, "-c", WRITER, database_url, storage]
+    writer = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY)
+    with writer:
+        assert writer.stdout is not None
+        acknowledged = [writer.stdout.readline().split() for _ in range(5)]
+        writer.send_signal(signal.SIGKILL)
+        acknowledged += [line.split() for line in writer.stdout.read().splitlines()]
+    again = connect(database_url)
+    owners, kept = Tenants(again), Files(again, storage)
+    for number, (key, file_id) in enumerate(acknowledged):
+        tenant = owners.authenticate(key.decode())
+        assert tenant is not None and tenant.name == f"t{number}"
+        with kept.open(tenant.id, file_id.decode()) as stream:
+            assert stream.read() == b"x" * 70_000 + str(number).encode()
+    for tenant in owners.list():  # what was not acknowledged is there completely or not at all
+        assert all(file.bytes >= 70_001 for file in kept.list(tenant.id).items)
+    again.close()
