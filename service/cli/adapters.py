@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -37,10 +38,8 @@ def show(
     """Show one adapter: what it is, where it comes from, what was measured."""
     with as_tenant(url, api_key) as service:
         adapter = service.get(f"/adapters/{quote(model, safe='')}")
-    metrics = adapter.pop("metrics")
     adapter["created_at"] = shown_time(adapter["created_at"])
     _print_pairs({**adapter, "aliases": ", ".join(adapter["aliases"])})
-    _print_pairs(metrics, indent="  ")
 
 
 @app.command("promote")
@@ -65,6 +64,15 @@ def rollback(alias: Alias, url: Url = DEFAULT_URL, api_key: ApiKey = "") -> None
 
 
 def _print_pairs(pairs: dict[str, Any], indent: str = "") -> None:
+    """One line for each value; what is nested goes below its name, further in."""
     width = max((len(name) for name in pairs), default=0)
     for name, value in pairs.items():
-        console.print(f"{indent}{name:<{width}}  {value}")
+        if isinstance(value, dict):
+            console.print(f"{indent}{name}")
+            _print_pairs(value, indent + "  ")
+        elif isinstance(value, list):
+            console.print(f"{indent}{name}")
+            for item in value:
+                console.print(f"{indent}  - {json.dumps(item, ensure_ascii=False)}")
+        else:
+            console.print(f"{indent}{name:<{width}}  {'-' if value is None else value}")
