@@ -14,6 +14,9 @@ from openai import OpenAIError
 from tools.demo.tenant import Tenant
 
 NUM_USERS = 2
+THINK_SECONDS = 0.5
+"""Between an answer and the same user's next request."""
+
 MAX_TOKENS = 48
 PROMPTS = (
     "Tell me something about the sea.",
@@ -38,7 +41,7 @@ class Experience:
 
 
 class Traffic:
-    """Users in a loop: each sends a chat request, reads the stream to its end, sends the next."""
+    """Users in a loop: each sends a chat request, reads the stream to its end, thinks, sends the next."""
 
     def __init__(self, tenants: Iterable[Tenant], base: str) -> None:
         self._turns = itertools.cycle(tenants)
@@ -76,7 +79,7 @@ class Traffic:
                 await self._request(tenant, prompt)
             except OpenAIError as error:
                 self.phases[self._phase].errors.append(f"{tenant.name}: {error}")
-                await asyncio.sleep(0.2)  # a broken service is no reason to flood it
+            await asyncio.sleep(THINK_SECONDS)
 
     async def _request(self, tenant: Tenant, prompt: str) -> None:
         stream = await tenant.client.chat.completions.create(
