@@ -7,9 +7,11 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
+import grimp
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -19,6 +21,12 @@ from service.config import BUNDLED_BASE
 from tools.lock import closure, project_requirements
 
 ROOT = Path(__file__).resolve().parent.parent
+PINNED_BY_ANOTHER = {"pydantic-core"}  # pydantic wants exactly one version of it
+NEEDED_UNIMPORTED = {
+    "httptools",  # uvicorn's fast parser
+    "python-multipart",  # Starlette's forms
+    "uvloop",  # uvicorn's fast loop
+}
 
 
 def project() -> dict[str, Any]:
@@ -54,6 +62,15 @@ def test_the_wheel_holds_both_packages_and_the_bundled_base_where_the_service_lo
 
 def test_the_wheel_holds_nothing_that_is_not_needed_to_run(wheel: list[str]) -> None:
     assert {name.split("/")[0] for name in wheel if ".dist-info" not in name} == {"service", "adapters", "bases"}
+
+
+def test_what_the_packages_import_is_what_the_project_asks_for() -> None:
+    graph = grimp.build_graph("service", "adapters", include_external_packages=True)
+    imported = {name for name in graph.modules if graph.is_module_squashed(name)} - set(sys.stdlib_module_names)
+    distributions = packages_distributions()
+    needed = {canonicalize_name(distributions[name][0]) for name in imported}
+    asked = {canonicalize_name(Requirement(line).name) for line in project()["dependencies"]}
+    assert needed - PINNED_BY_ANOTHER | NEEDED_UNIMPORTED == asked
 
 
 def test_every_requirement_is_locked_within_its_range() -> None:
