@@ -129,7 +129,7 @@ def test_openmetrics_is_spoken_when_asked_for_and_its_exemplars_carry_the_trace_
     assert content_type.startswith("application/openmetrics-text")
     exemplars: list[Any] = [
         sample.exemplar
-        for family in parse_openmetrics(text.decode())  # type: ignore[no-untyped-call]
+        for family in parse_openmetrics(text.decode())
         if family.name == "rootstock_time_to_first_token_seconds"
         for sample in family.samples
         if sample.exemplar
