@@ -1,0 +1,29 @@
+"""What each ratio has to pass, on CPU and on a GPU, with the best reference of the field. Knows no measurement."""
+
+from __future__ import annotations
+
+from bench.measurement import Goal
+
+_DISTINCT = "LoRAX 0.72 (graphs), vLLM 0.76-0.92, on GPUs"
+
+_EVERYWHERE = {
+    "idle ÷ base": Goal("≥", 0.99, "vLLM 0.986"),
+    "32 distinct ÷ one": Goal("≥", 0.97, "Punica 1.01"),
+    "HTTP ÷ engine": Goal("≥", 0.95, "none known"),
+    "training ÷ PEFT": Goal("≥", 2.0, "Unsloth 2 (vendor), packing 3.4 (torchtune)"),
+    "p99 beside training ÷ alone, half load": Goal("≤", 1.25, "none known"),
+    "training kept, half load": Goal("≥", 0.80, "FlexLLM 0.76"),
+}
+_CPU = {
+    "32 distinct ÷ base": Goal("≥", 0.75, _DISTINCT),
+    "engine 32 distinct ÷ PEFT adapter_names": Goal("≥", 8.0, "S-LoRA 32 at n = 100 (A100)"),
+}
+_CUDA = {
+    "32 distinct ÷ base": Goal("≥", 0.90, _DISTINCT),
+    "engine 32 distinct ÷ PEFT adapter_names": Goal("≥", 32.0, "S-LoRA 32 at n = 100 (A100)"),
+}
+
+
+def goal(name: str, *, cuda: bool) -> Goal | None:
+    """None: a ratio that is shown for information."""
+    return (_EVERYWHERE | (_CUDA if cuda else _CPU)).get(name)

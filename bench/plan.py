@@ -1,0 +1,47 @@
+"""How much is measured: the whole run, or a quick one that only shows that everything works. Knows no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bench.subject import CPU, CUDA, Sizes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Prompts have 32 to 64 tokens, training examples 20 to 60."""
+
+    sizes: Sizes
+    num_rows: int = 32
+    decode_rounds: int = 5
+    decode_tokens: int = 64
+    peer_rounds: int = 3
+    peer_tokens: int = 48
+    streaming_rounds: int = 5
+    streaming_tokens: int = 64
+    training_rounds: int = 3
+    training_steps: int = 5
+    """Optimizer steps of 16 examples, for each side and round."""
+    co_serving_rounds: int = 3
+    co_serving_seconds: float = 6.0
+    """How long each state (serving alone, training alone, both) is watched in a round."""
+
+    @classmethod
+    def whole(cls, cuda: bool) -> Plan:
+        return cls(sizes=CUDA if cuda else CPU)
+
+    @classmethod
+    def quick(cls, cuda: bool) -> Plan:
+        return cls(
+            sizes=CUDA if cuda else CPU,
+            decode_rounds=2,
+            decode_tokens=16,
+            peer_rounds=1,
+            peer_tokens=8,
+            streaming_rounds=1,
+            streaming_tokens=16,
+            training_rounds=1,
+            training_steps=2,
+            co_serving_rounds=1,
+            co_serving_seconds=1.5,
+        )
