@@ -6,8 +6,7 @@ Each linear layer of the base (siblings such as q/k/v fused) is a `BatchedLoraLi
 depends on the routing of the *calling thread*, so serving and training use the same modules at once and no
 global state is switched. Punica's S-LoRA (arXiv 2310.18547, 2311.03285) is the model of the slot tables.
 
-Row invariance: a decode row is always a [1, in] x [in, r] product of a batched matmul, and a prefill chunk always
-a product of its own rows only. So what a row gets never depends on who else is in the batch. Knows no files.
+Row invariance: what a row gets never depends on who else is in the batch (see `_add_run`). Knows no files.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Protocol
 
 import torch
@@ -53,34 +52,52 @@ def routing(route: Routing | None) -> Iterator[None]:
         _current.route = before
 
 
+@dataclass(frozen=True)
+class Bank:
+    """Neighbouring parts of equal width, so that one batched product serves them all; b: [slots, parts, r, out]."""
+
+    parts: range
+    span: tuple[int, int]
+    b: torch.Tensor
+
+
 class SlotTable:
-    """One site's adapters, stacked: a: [slots, parts * r, in], b[part]: [slots, r, out of the part].
+    """One site's adapters, stacked: a: [slots, parts * r, in], and the parts' b in banks.
 
     Ranks below `r` are padded with zeros, and so are parts and slots that an adapter does not touch.
     """
 
-    def __init__(self, site: BatchedLoraLinear, num_slots: int, r: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, site: BatchedLoraLinear, num_slots: int, r: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.r = r
-        self.part_names = [part.name for part in site.parts]
+        self._names = [part.name for part in site.parts]
         self.a = torch.zeros(num_slots, len(site.parts) * r, site.in_features, dtype=dtype, device=device)
-        self.b = [torch.zeros(num_slots, r, p.out_features, dtype=dtype, device=device) for p in site.parts]
+        self.banks = []
+        for width, group in groupby(range(len(site.parts)), key=lambda index: site.parts[index].out_features):
+            parts = list(group)
+            span = (site.spans[parts[0]][0], site.spans[parts[-1]][1])
+            b = torch.zeros(num_slots, len(parts), r, width, dtype=dtype, device=device)
+            self.banks.append(Bank(range(parts[0], parts[-1] + 1), span, b))
 
     def load(self, slot: int, modules: Mapping[str, LoraPair]) -> None:
         """Fill a slot; parts without a pair become zero."""
-        for index, name in enumerate(self.part_names):
-            rows = self.a[slot, index * self.r : (index + 1) * self.r].zero_()
-            columns = self.b[index][slot].zero_()
-            if pair := modules.get(name):
-                rank = pair.a.shape[0]
-                rows[:rank].copy_(pair.a)
-                columns[:rank].copy_(pair.b.T * pair.scaling)
+        self.a[slot].zero_()
+        for bank in self.banks:
+            bank.b[slot].zero_()
+            for place, part in enumerate(bank.parts):
+                if pair := modules.get(self._names[part]):
+                    rank = pair.a.shape[0]
+                    self.a[slot, part * self.r : part * self.r + rank].copy_(pair.a)
+                    bank.b[slot, place, :rank].copy_(pair.b.T * pair.scaling)
 
     def copy_from(self, other: SlotTable) -> None:
         """Take over all slots of a table of smaller rank."""
-        for index in range(len(self.b)):
-            rows = other.a[:, index * other.r : (index + 1) * other.r]
-            self.a[:, index * self.r : index * self.r + other.r].copy_(rows)
-            self.b[index][:, : other.r].copy_(other.b[index])
+        for part in range(len(self._names)):
+            rows = other.a[:, part * other.r : (part + 1) * other.r]
+            self.a[:, part * self.r : part * self.r + other.r].copy_(rows)
+        for mine, theirs in zip(self.banks, other.banks, strict=True):
+            mine.b[:, :, : other.r].copy_(theirs.b)
 
 
 class BatchedLoraLinear(nn.Module):
@@ -156,10 +173,9 @@ def graft(
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive rows of a batch that one matmul can serve.
+    """Consecutive rows of a batch that one batched product serves: equally many rows for each of these slots.
 
-    `slots` is a range: one slot per row (distinct adapters side by side), or a single slot for all rows.
-    `chunk` marks the rows of one sequence's prefill chunk, which are multiplied together.
+    `chunk` marks the rows of one sequence's prefill chunk, which are always multiplied together.
     """
 
     start: int
@@ -173,23 +189,19 @@ class Run:
 
 
 def plan_rows(slots: Sequence[int | None]) -> list[Run]:
-    """Runs for single rows with these slots: equal slots together, or consecutive ones. None is no adapter.
-
-    Rows in ascending slot order give the fewest runs; any order is right.
-    """
+    """Runs for single rows with these slots; None is no adapter. Ascending slots give the fewest runs."""
     runs: list[Run] = []
-    for row, slot in enumerate(slots):
+    row = 0
+    for slot, group in groupby(slots):
+        start, row = row, row + len(list(group))
         if slot is None:
             continue
         last = runs[-1] if runs else None
-        if last is not None and last.stop == row:
-            if len(last.slots) == 1 and last.slots[0] == slot:
-                runs[-1] = Run(last.start, row + 1, last.slots)
-                continue
-            if len(last.slots) == row - last.start and last.slots[-1] + 1 == slot:
-                runs[-1] = Run(last.start, row + 1, range(last.slots[0], slot + 1))
-                continue
-        runs.append(Run(row, row + 1, range(slot, slot + 1)))
+        joins = last is not None and last.stop == start and last.slots[-1] + 1 == slot
+        if last is not None and joins and (last.stop - last.start) == (row - start) * len(last.slots):
+            runs[-1] = Run(last.start, row, range(last.slots[0], slot + 1))
+        else:
+            runs.append(Run(start, row, range(slot, slot + 1)))
     return runs
 
 
@@ -210,24 +222,43 @@ class SlotRouting:
         table = self.tables.get(site)
         if table is None or not runs:
             return y
-        x, rows = x.reshape(-1, x.shape[-1]).to(table.a.dtype), y.view(-1, y.shape[-1])
+        x, y_rows = x.reshape(-1, x.shape[-1]).to(table.a.dtype), y.view(-1, y.shape[-1])
         for run in runs:
-            _add_run(run, table, site.spans, x[run.start : run.stop], rows[run.start : run.stop])
+            _add_run(run, table, x[run.start : run.stop], y_rows[run.start : run.stop])
         return y
 
 
-def _add_run(run: Run, table: SlotTable, spans: list[tuple[int, int]], x: torch.Tensor, y: torch.Tensor) -> None:
-    """y: [rows, out] += (x A) B for the rows of one run; x: [rows, in]."""
-    first, r = run.slots[0], table.r
-    if run.chunk:
-        h = x @ table.a[first].T
-        for index, (start, stop) in enumerate(spans):
-            y[:, start:stop] += h[:, index * r : (index + 1) * r] @ table.b[index][first]
-        return
-    used = slice(first, first + len(run.slots))
-    num_rows = x.shape[0]
-    a = table.a[used].transpose(1, 2).expand(num_rows, -1, -1)
-    h = torch.bmm(x.unsqueeze(1), a)
-    for index, (start, stop) in enumerate(spans):
-        b = table.b[index][used].expand(num_rows, -1, -1)
-        y[:, start:stop] += torch.bmm(h[:, :, index * r : (index + 1) * r], b).squeeze(1)
+def _add_run(run: Run, table: SlotTable, x: torch.Tensor, y: torch.Tensor) -> None:
+    """y: [rows, out] += (x A) B for the rows of one run; x: [rows, in].
+
+    With bfloat16 a row's result does not depend on how many rows are multiplied together. With float32 on CPU it
+    does, so there decode rows are multiplied one by one, side by side for different slots.
+    """
+    num_slots = len(run.slots)
+    per_slot = x.shape[0] // num_slots
+    if run.chunk or per_slot == 1 or x.dtype == torch.bfloat16 or x.device.type != "cpu":
+        _add_rows(run.slots, table, x, y)
+    elif num_slots == 1:
+        _add_rows(run.slots, table, x, y, one_by_one=True)
+    else:
+        for row in range(per_slot):
+            _add_rows(run.slots, table, x[row::per_slot], y[row::per_slot])
+
+
+def _add_rows(slots: range, table: SlotTable, x: torch.Tensor, y: torch.Tensor, one_by_one: bool = False) -> None:
+    """The products, equally many rows for each slot; `one_by_one` repeats a single slot for each row."""
+    used = slice(slots[0], slots[-1] + 1)
+    a, num_slots, r = table.a[used], len(slots), table.r
+    if one_by_one:
+        num_slots = x.shape[0]
+        a = a.expand(num_slots, -1, -1)
+    per_slot = x.shape[0] // num_slots
+    h = torch.bmm(x.reshape(num_slots, per_slot, -1), a.transpose(1, 2))
+    for bank in table.banks:
+        parts, (start, stop) = len(bank.parts), bank.span
+        b = bank.b[used].expand(num_slots, -1, -1, -1)
+        hidden = h[:, :, bank.parts[0] * r : (bank.parts[-1] + 1) * r].view(num_slots, per_slot, parts, r)
+        hidden = hidden.transpose(1, 2).reshape(num_slots * parts, per_slot, r)
+        update = torch.bmm(hidden, b.reshape(num_slots * parts, r, b.shape[-1]))
+        update = update.view(num_slots, parts, per_slot, -1).transpose(1, 2)
+        y[:, start:stop] += update.reshape(x.shape[0], stop - start)

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from adapters.errors import AdapterError
 from adapters.peft_format import LoraWeights
@@ -195,7 +195,8 @@ class Engine:
         self._post(_Retire(digest))
 
     def stats(self) -> EngineStats:
-        return self._stats
+        """The picture after the last step; only `busy_since` is of now, so that a step that hangs can be seen."""
+        return replace(self._stats, busy_since=self._busy_since)
 
     # -- the engine's thread ----------------------------------------------------------------------------------
 

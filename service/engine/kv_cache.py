@@ -54,6 +54,14 @@ class _LayerBuffer:
     num_kv_heads: int
 
 
+@dataclass
+class _Stack:
+    """The buffers of all layers of one shape, one behind the other: [layers, lines, dim]."""
+
+    tensor: torch.Tensor
+    num_kv_heads: int
+
+
 class KvCacheFullError(Exception):
     """No row of the wanted size is free."""
 
@@ -88,15 +96,16 @@ class KvCache:
             raise ValueError(
                 f"kv_cache_bytes={max_bytes} is too small: two sequences of {max_model_len} tokens need {needed}"
             )
-        rows = self.num_slabs * self.slab_tokens
-        self.layers = [
-            _LayerBuffer(
-                keys=_zeros(rows * s.num_kv_heads, s.key_dim, dtype, device),
-                values=_zeros(rows * s.num_kv_heads, s.value_dim, dtype, device),
-                num_kv_heads=s.num_kv_heads,
-            )
-            for s in layers
-        ]
+        self._stacks: list[_Stack] = []
+        found: dict[int, _LayerBuffer] = {}
+        for shape in dict.fromkeys(layers):
+            members = [index for index, one in enumerate(layers) if one == shape]
+            lines = self.num_slabs * self.slab_tokens * shape.num_kv_heads
+            keys = _zeros(len(members), lines, shape.key_dim, dtype, device)
+            values = _zeros(len(members), lines, shape.value_dim, dtype, device)
+            self._stacks += [_Stack(keys, shape.num_kv_heads), _Stack(values, shape.num_kv_heads)]
+            found |= {i: _LayerBuffer(keys[n], values[n], shape.num_kv_heads) for n, i in enumerate(members)}
+        self.layers = [found[index] for index in range(len(layers))]
         self.device = device
         self._free_slabs = list(range(self.num_slabs - 1, -1, -1))
         self._slabs: dict[int, _Slab] = {}
@@ -139,19 +148,26 @@ class KvCache:
         if num_tokens <= row.capacity:
             return row
         new = self.allocate(num_tokens)
-        for layer in self.layers:
-            for buffer in (layer.keys, layer.values):
-                old_row = self.rows(buffer, layer.num_kv_heads, row, row.index + 1)
-                new_row = self.rows(buffer, layer.num_kv_heads, new, new.index + 1)
-                new_row[:, :num_computed] = old_row[:, :num_computed]
+        for stack in self._stacks:
+            old_rows, new_rows = (
+                stack.tensor[:, self._line(r, stack.num_kv_heads) :][:, : r.capacity * stack.num_kv_heads].view(
+                    stack.tensor.shape[0], stack.num_kv_heads, r.capacity, -1
+                )
+                for r in (row, new)
+            )
+            new_rows[:, :, :num_computed] = old_rows[:, :, :num_computed]
         self.free(row)
         return new
 
     def rows(self, buffer: torch.Tensor, num_kv_heads: int, first: Row, stop: int) -> torch.Tensor:
         """Rows [first, stop) of one slab as a view: [num_rows * num_kv_heads, capacity, head_dim]."""
-        start = (first.slab * self.slab_tokens + first.index * first.capacity) * num_kv_heads
+        start = self._line(first, num_kv_heads)
         length = (stop - first.index) * first.capacity * num_kv_heads
         return buffer[start : start + length].view(-1, first.capacity, buffer.shape[-1])
+
+    def _line(self, row: Row, num_kv_heads: int) -> int:
+        """The row's first line in a layer's buffer."""
+        return (row.slab * self.slab_tokens + row.index * row.capacity) * num_kv_heads
 
     def destinations(self, rows: Sequence[Row], positions: Sequence[int], num_kv_heads: int) -> torch.Tensor:
         """Buffer lines for tokens at (row, position): [tokens * num_kv_heads], head by head within a token."""
@@ -168,9 +184,9 @@ class KvCache:
         return used / self.num_slabs
 
 
-def _zeros(rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _zeros(layers: int, lines: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros, not garbage: a masked key of NaN would still poison its row. On CPU the pages come when used."""
     if device.type != "cpu":
-        return torch.zeros(rows, dim, dtype=dtype, device=device)
-    raw = np.zeros(rows * dim * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(raw).view(dtype).view(rows, dim)
+        return torch.zeros(layers, lines, dim, dtype=dtype, device=device)
+    raw = np.zeros(layers * lines * dim * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(layers, lines, dim)

@@ -15,6 +15,9 @@ import torch
 
 from service.engine.sequence import SamplingParams, Sequence
 
+_COLDEST = 1e-4
+"""Below this temperature a float32 softmax is the maximum and nothing else."""
+
 
 @dataclass(frozen=True)
 class Sampled:
@@ -39,7 +42,7 @@ class Sampler:
                 if params[row].has_penalties:
                     _penalize(logits[row], sequence)
         tokens: list[int] = logits.argmax(dim=-1).tolist()
-        warm = [row for row, p in enumerate(params) if p.temperature > 0]
+        warm = [row for row, p in enumerate(params) if p.temperature >= _COLDEST]
         if warm:
             numbers = [_uniform(seeds[row], len(sequences[row].output_token_ids)) for row in warm]
             chosen = _draw(logits[warm], [params[row] for row in warm], numbers)

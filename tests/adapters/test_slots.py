@@ -35,7 +35,7 @@ class Recorder:
 
 
 class Fixture:
-    def __init__(self, num_slots: int = 2, max_rank: int = 32) -> None:
+    def __init__(self, num_slots: int = 2, max_rank: int = 32, dtype: torch.dtype = torch.float32) -> None:
         self.weights: dict[str, LoraWeights] = {}
         self.ready = threading.Event()
         self.recorder = Recorder()
@@ -48,7 +48,7 @@ class Fixture:
             [self.qk, self.qk, self.out],
             num_slots=num_slots,
             max_rank=max_rank,
-            dtype=torch.float32,
+            dtype=dtype,
             device=torch.device("cpu"),
             host=self.host,
             observer=self.recorder,
@@ -109,20 +109,21 @@ def test_rows_of_any_mix_get_their_own_adapter(fixture: Fixture) -> None:
             torch.testing.assert_close(got[row], want, atol=1e-5, rtol=1e-4)
 
 
-def test_a_row_has_the_same_bits_alone_and_in_every_mix(fixture: Fixture) -> None:
-    fixture.add("a", 1)
-    fixture.add("b", 2)
-    slots = [fixture.acquire("a"), fixture.acquire("b")]
-    x = torch.randn(40, 64)
-    with torch.no_grad():
-        base = fixture.qk.base(x)
-        alone = []
-        for row in range(40):
-            y = torch.zeros(1, 48)
-            alone.append(fixture.route([slots[row % 2]]).apply(fixture.qk, x[row : row + 1], y))
-        crowd = fixture.route([slots[row % 2] for row in range(40)]).apply(fixture.qk, x, torch.zeros(40, 48))
-    assert base.shape == crowd.shape
-    assert torch.equal(torch.cat(alone), crowd)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_alone_and_in_every_mix(dtype: torch.dtype) -> None:
+    fixture = Fixture(num_slots=4, dtype=dtype)
+    for seed, name in enumerate("abcd"):
+        fixture.add(name, seed)
+    slots: list[int | None] = [fixture.acquire(name) for name in "abcd"]
+    fixture.host.close()
+    x = torch.randn(48, 64, dtype=dtype)
+    mixes = {"identical": slots[:1] * 48, "even": sorted(slots * 12), "distinct": slots * 12}  # type: ignore[type-var]
+    mixes["skewed"] = [slots[0]] * 29 + [None] * 3 + [slots[1]] * 14 + [slots[2], slots[3]]
+    for mix in mixes.values():
+        crowd = fixture.route(mix).apply(fixture.qk, x, torch.zeros(48, 48, dtype=dtype))
+        for row, slot in enumerate(mix):
+            alone = fixture.route([slot]).apply(fixture.qk, x[row : row + 1], torch.zeros(1, 48, dtype=dtype))
+            assert torch.equal(alone[0], crowd[row])
 
 
 def test_a_slot_in_use_is_never_loaded_over(fixture: Fixture) -> None:
@@ -199,6 +200,6 @@ def test_a_rank_above_the_limit_is_refused(fixture: Fixture) -> None:
     assert fixture.slots.resident() == []
 
 
-def test_neighbouring_slots_and_equal_slots_share_a_matmul() -> None:
-    runs = plan_rows([None, 0, 0, 1, 2, 5, None, 5])
-    assert [(r.start, r.stop, list(r.slots)) for r in runs] == [(1, 3, [0]), (3, 5, [1, 2]), (5, 6, [5]), (7, 8, [5])]
+def test_slots_side_by_side_with_equally_many_rows_share_a_matmul() -> None:
+    runs = plan_rows([None, 0, 0, 1, 1, 2, 5, None, 5, 5])
+    assert [(r.start, r.stop, list(r.slots)) for r in runs] == [(1, 5, [0, 1]), (5, 6, [2]), (6, 7, [5]), (8, 10, [5])]

@@ -36,6 +36,7 @@ def test_frequencies_follow_the_distribution() -> None:
 def test_temperature_zero_is_greedy_and_a_low_one_nearly() -> None:
     assert draws(50, temperature=0.0) == {0: 50}
     assert draws(temperature=0.05)[0] > 3900
+    assert draws(50, temperature=1e-300) == {0: 50}
 
 
 def test_each_filter_keeps_what_its_definition_keeps() -> None:
