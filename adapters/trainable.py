@@ -6,11 +6,13 @@ Knows the sites it adapts, not the optimizer, the data or the job.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from adapters.lora import BatchedLoraLinear
 from adapters.peft_format import BaseSignature, LoraPair, LoraSpec, LoraWeights
@@ -71,15 +73,58 @@ class TrainRouting:
         if not adapted:
             return y
         spec = self.adapter.spec
-        x = x.to(torch.float32)
         if spec.lora_dropout and self.training:
             kept = torch.rand(x.shape, generator=self.generator, device=x.device) >= spec.lora_dropout
             x = x * kept / (1 - spec.lora_dropout)
-        factors: list[torch.Tensor] = [self.adapter.a[name] for _, name in adapted]
-        h = x @ (factors[0] if len(factors) == 1 else torch.cat(factors)).T
-        slices = torch.split(h, [a.shape[0] for a in factors], dim=-1)
-        deltas = {i: (s @ self.adapter.b[n].T) * spec.scaling_of(n) for (i, n), s in zip(adapted, slices, strict=True)}
-        if len(site.parts) == 1:
-            return y + deltas[0].to(y.dtype)
-        pieces = [y[..., start:stop] for start, stop in site.spans]
-        return torch.cat([p + deltas[i].to(y.dtype) if i in deltas else p for i, p in enumerate(pieces)], dim=-1)
+        factors = [factor for _, name in adapted for factor in (self.adapter.a[name], self.adapter.b[name])]
+        spans = [site.spans[index] for index, _ in adapted]
+        scalings = [spec.scaling_of(name) for _, name in adapted]
+        added: torch.Tensor = _AddLora.apply(y, x.to(y.dtype), spans, scalings, *factors)  # type: ignore[no-untyped-call]
+        return added
+
+
+class _AddLora(torch.autograd.Function):
+    """y[:, span] + (x A.T) B.T * scaling for each adapted part of a site.
+
+    Computed in the base's activation dtype, as it will be served; gradients reach the fp32 masters as fp32. One node
+    instead of a dozen: on small models these products cost less than their bookkeeping did.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        spans: Sequence[tuple[int, int]],
+        scalings: Sequence[float],
+        *factors: torch.Tensor,
+    ) -> torch.Tensor:
+        """x: [..., in], y: [..., out]; `factors` are A and B of the first part, of the second, …"""
+        rows = x.reshape(-1, x.shape[-1])
+        out = y.reshape(-1, y.shape[-1]).clone()
+        a = torch.cat(factors[::2]).to(x.dtype)
+        scaled = [(b * scaling).to(x.dtype) for b, scaling in zip(factors[1::2], scalings, strict=True)]
+        h = rows @ a.T
+        h_parts = torch.split(h, [b.shape[1] for b in scaled], dim=1)
+        for (start, stop), h_part, b in zip(spans, h_parts, scaled, strict=True):
+            out[:, start:stop].addmm_(h_part, b.T)
+        ctx.save_for_backward(rows, h, a, *scaled)
+        ctx.spans, ctx.scalings, ctx.x_shape = spans, scalings, x.shape
+        return out.view(y.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        rows, h, a, *scaled = ctx.saved_tensors
+        grad_rows = grad.reshape(-1, grad.shape[-1])
+        ranks = [b.shape[1] for b in scaled]
+        slices = [grad_rows[:, start:stop] for start, stop in ctx.spans]
+        grad_h = torch.cat([part @ b for part, b in zip(slices, scaled, strict=True)], dim=1)
+        grad_a = torch.split((grad_h.T @ rows).float(), ranks)
+        grad_b = [
+            (part.T @ h_part).float() * scaling
+            for part, h_part, scaling in zip(slices, torch.split(h, ranks, dim=1), ctx.scalings, strict=True)
+        ]
+        grad_x = (grad_h @ a).view(ctx.x_shape) if ctx.needs_input_grad[1] else None
+        factors = [gradient for pair in zip(grad_a, grad_b, strict=True) for gradient in pair]
+        return grad, grad_x, None, None, *factors
