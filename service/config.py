@@ -70,7 +70,7 @@ class Settings(BaseSettings):
     max_lora_slots: int = Field(32, ge=1, description="Adapters resident on the device at once.")
     max_lora_rank: int = Field(64, ge=1, le=1024, description="Largest adapter rank accepted.")
     max_host_adapters: int = Field(256, ge=1, description="Adapters kept in host memory, ready for a slot.")
-    max_waiting: int = Field(1024, ge=1, description="Requests that may wait before new ones get a 503.")
+    max_waiting: int = Field(1024, ge=1, description="Requests that may wait before new ones get a 429.")
 
     training: bool = Field(True, description="Run fine-tuning jobs in this process.")
     lease_seconds: float = Field(

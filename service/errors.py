@@ -134,7 +134,7 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     TrainingError: (500, "server_error"),
     AdapterError: (500, "server_error"),
     RequestRejectedError: (400, "invalid_request_error"),
-    QueueFullError: (503, "service_unavailable_error"),
+    QueueFullError: (429, "rate_limit_error"),
     EngineDeadError: (503, "service_unavailable_error"),
     EngineError: (500, "server_error"),
     ServiceError: (500, "server_error"),

@@ -97,7 +97,7 @@ def test_rows_of_any_mix_get_their_own_adapter(fixture: Fixture) -> None:
     x = torch.randn(7, 64)
     mixes: list[list[str | None]] = [
         ["a"] * 7,
-        ["a", "b"] * 3 + ["a"],
+        ["a", "b", "a", "b", "a", "b", "a"],
         [None] * 7,
         ["b", None, "b", "b", None, "a", "a"],
     ]

@@ -26,7 +26,7 @@ from tests.service.http_fixtures import ADMIN_KEY, Served, serve_fake
         (errors.RateLimitError("m", retry_after=1), 429),
         (errors.UnavailableError("m"), 503),
         (RequestRejectedError("m"), 400),
-        (QueueFullError("m", retry_after=1), 503),
+        (QueueFullError("m", retry_after=1), 429),
         (EngineDeadError("m"), 503),
         (DatasetError("m", line=3), 400),
         (AdapterFormatError("m", check="rank"), 400),
