@@ -253,7 +253,7 @@ def test_fields_that_ask_for_nothing_are_accepted(shared_service: Served, harmle
 def test_an_overloaded_engine_answers_429_and_when_to_come_back(served: Served) -> None:
     served.engine.refusal = QueueFullError("10 requests are waiting already", retry_after=7.2)
     for stream in (False, True):
-        with pytest.raises(openai.InternalServerError) as caught:
+        with pytest.raises(openai.RateLimitError) as caught:
             served.client().chat.completions.create(model="tiny", messages=MESSAGES, stream=stream)
         assert (caught.value.status_code, caught.value.code) == (429, "engine_overloaded")
         assert caught.value.response.headers["retry-after"] == "8"
