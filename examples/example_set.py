@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 
-SPLITS = {"train": 360, "validation": 40, "heldout": 60}
+SPLITS = {"train": 240, "validation": 30, "heldout": 60}
 """Rows of each file: learned from, watched while learning, and never shown until the comparison."""
 
 

@@ -52,12 +52,13 @@ def test_a_held_out_pairing_of_template_and_words_never_meets_in_training() -> N
         assert heldout and not train & heldout
 
 
-def test_every_answer_word_of_a_held_out_row_occurs_in_training() -> None:
-    for tenant in TENANTS:
-        seen = {word for row in rows(tenant, "train") for word in row["messages"][2]["content"].split()}
-        asked = {word for row in rows(tenant, "heldout") for word in row["messages"][2]["content"].split()}
-        if tenant != "copper-kettle":  # one JSON word an answer: its fields are compared below
-            assert asked <= seen
+@pytest.mark.parametrize("tenant", ["harbour-bank", "lantern-hotels"])
+def test_every_answer_word_of_a_held_out_row_occurs_in_training(tenant: str) -> None:
+    seen, asked = (
+        {word for row in rows(tenant, split) for word in row["messages"][2]["content"].split()}
+        for split in ("train", "heldout")
+    )
+    assert asked <= seen
 
 
 def test_every_order_is_json_with_the_same_five_fields() -> None:
@@ -69,5 +70,5 @@ def test_every_order_is_json_with_the_same_five_fields() -> None:
 
 def test_too_few_templates_are_an_error_that_says_how_many_rows_they_make() -> None:
     example_set = ExampleSet("small", "Answer.", (Row("a", "What?", "That."),))
-    with pytest.raises(ValueError, match=r"make [01] rows where 360 are wanted"):
+    with pytest.raises(ValueError, match=r"make [01] rows where 240 are wanted"):
         example_set.files()

@@ -17,7 +17,7 @@ from tools.demo.server import Server
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TENANT_NAMES = ("harbour-bank", "lantern-hotels", "copper-kettle")
 ALIAS = "assistant"
-NUM_EPOCHS = 6
+NUM_EPOCHS = 5
 MAX_ANSWER_TOKENS = 80
 
 
