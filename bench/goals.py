@@ -9,9 +9,9 @@ _DISTINCT = "LoRAX 0.72 (graphs), vLLM 0.76-0.92, on GPUs"
 _EVERYWHERE = {
     "idle ÷ base": Goal("≥", 0.99, "vLLM 0.986"),
     "32 distinct ÷ one": Goal("≥", 0.97, "Punica 1.01"),
-    "HTTP ÷ engine": Goal("≥", 0.95, "none known"),
+    "HTTP ÷ engine": Goal("≥", 0.95, ""),
     "training ÷ PEFT": Goal("≥", 2.0, "Unsloth 2 (vendor), packing 3.4 (torchtune)"),
-    "p99 beside training ÷ alone, half load": Goal("≤", 1.25, "none known"),
+    "p99 beside training ÷ alone, half load": Goal("≤", 1.25, ""),
     "training kept, half load": Goal("≥", 0.80, "FlexLLM 0.76"),
 }
 _CPU = {

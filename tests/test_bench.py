@@ -1,0 +1,108 @@
+"""The benchmark on a micro model: its entries, its file and its document. Nothing here looks at a clock."""
+
+from __future__ import annotations
+
+import json
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bench import report, results
+from bench.__main__ import NAMES
+from bench.measurement import Goal, interleave, quantity, ratio
+from bench.plan import Plan
+from bench.run import MEASUREMENTS, run
+from bench.subject import Sizes
+
+MICRO = Sizes(hidden=64, layers=2, ffn=128, heads=2, kv_heads=1, vocabulary=512, positions=128, r=4)
+FIELDS = {"name", "value", "low", "high", "unit", "rounds", "ratio", "goal", "met", "reference"}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    """One run of the decode measurement, as a file would hold it."""
+    plan = replace(Plan.quick(cuda=False), sizes=MICRO, num_rows=4, decode_tokens=4)
+    return results.collect(plan, True, run(plan, ["decode"], lambda step: None)).as_dict()
+
+
+def test_a_run_holds_every_variant_and_every_ratio(found: dict[str, Any]) -> None:
+    (entries,) = found["sections"].values()
+    assert all(entry.keys() == FIELDS for entry in entries)
+    measured = {entry["name"]: entry for entry in entries}
+    assert [name for name, entry in measured.items() if entry["ratio"] is None] == [
+        "base.decode",
+        "idle.decode",
+        "one.decode",
+        "8 distinct.decode",
+        "32 distinct.decode",
+    ]
+    assert [name for name, entry in measured.items() if entry["ratio"]] == [
+        "idle ÷ base",
+        "one ÷ base",
+        "8 distinct ÷ base",
+        "32 distinct ÷ base",
+        "32 distinct ÷ one",
+    ]
+    assert all(0 < entry["low"] <= entry["value"] <= entry["high"] for entry in entries)
+    assert measured["32 distinct ÷ base"]["goal"] == "≥ 0.75"
+
+
+def test_a_results_file_describes_the_machine_but_does_not_name_it(found: dict[str, Any]) -> None:
+    machine = found["machine"]
+    assert {"cpu", "cores", "torch", "device", "kind"} <= machine.keys()
+    text = json.dumps(found)
+    assert socket.gethostname() not in text
+    assert str(Path.home()) not in text
+
+
+def test_what_is_written_is_what_the_newest_file_says(tmp_path: Path) -> None:
+    sections = {"Decode": [quantity("base.decode", {"base.decode": [2.0, 4.0, 3.0]}, "tokens/s")]}
+    written = results.collect(Plan.quick(cuda=False), False, sections)
+    replace(written, date="2026-01-01", sections={}).write(tmp_path)
+    path = written.write(tmp_path)
+    assert path.name == written.file_name
+    assert results.newest(tmp_path) == written.as_dict()
+    assert results.newest(tmp_path / "nothing here") is None
+
+
+def test_the_table_on_the_terminal_shows_every_entry(found: dict[str, Any]) -> None:
+    console = Console(record=True, width=200)
+    report.show(found, console)
+    shown = console.export_text()
+    for entries in found["sections"].values():
+        assert all(entry["name"].replace(".", ", ") in shown for entry in entries)
+
+
+def test_a_ratio_is_the_median_of_its_rounds_and_knows_its_goal() -> None:
+    rounds = iter([1.0, 2.0, 9.0, 10.0, 4.0, 5.0])
+    samples = interleave({"a": lambda: {"x": next(rounds)}, "b": lambda: {"x": next(rounds)}}, 3, lambda step: None)
+    assert samples == {"a.x": [1.0, 9.0, 4.0], "b.x": [2.0, 10.0, 5.0]}
+    entry = ratio("a ÷ b", samples, "a.x", "b.x", Goal("≥", 0.75, "somebody"))
+    assert (entry.value, entry.low, entry.high, entry.ratio) == (0.8, 0.5, 0.9, "a.x ÷ b.x")
+    assert entry.goal is not None and entry.goal.met(entry.value)
+    assert not Goal("≤", 1.25, "nobody").met(1.26)
+
+
+def test_the_command_offers_every_measurement_by_name() -> None:
+    assert list(NAMES) == list(MEASUREMENTS)
+
+
+def test_the_document_is_replaced_between_its_marks_only(found: dict[str, Any], tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.write_document(found, page)
+    assert page.read_text() == f"before\n{report.BEGIN}\n{report.markdown(found)}\n{report.END}\nafter\n"
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match=r"page\.md lacks the marks"):
+        report.write_document(found, page)
+
+
+def test_the_document_carries_the_numbers_of_the_newest_file() -> None:
+    newest = results.newest()
+    generated = f"{report.markdown(newest)}\n" if newest else ""
+    assert f"{report.BEGIN}\n{generated}{report.END}" in report.DOCUMENT.read_text()
+    assert newest is None or not newest["quick"]
