@@ -22,10 +22,10 @@ def test_short_attention_equals_the_fused_kernel_in_values_and_gradients(
     results = []
     for short in (0, 256):
         monkeypatch.setattr(attention, "SHORT", short)
-        out = attention._packed(pack, *inputs, 0.25, window, None)
+        out = attention._packed(pack, inputs[0], inputs[1], inputs[2], 0.25, window, None)
         results.append([out, *torch.autograd.grad((out * weight).sum(), inputs)])
     exact = [x.detach().float().requires_grad_() for x in inputs]
-    out = attention._packed(pack, *exact, 0.25, window, None)
+    out = attention._packed(pack, exact[0], exact[1], exact[2], 0.25, window, None)
     reference = [out, *torch.autograd.grad((out * weight).sum(), exact)]
     for fused, spelled_out, right in zip(*results, reference, strict=True):
         torch.testing.assert_close(spelled_out.float(), right, rtol=0.03, atol=0.03)
