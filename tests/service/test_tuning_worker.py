@@ -69,6 +69,7 @@ def test_serving_goes_on_while_a_job_trains(workshop: Workshop) -> None:
         workshop.await_that(lambda: workshop.tally.outcomes == ["cancelled"])
 
 
+@pytest.mark.slow
 def test_pause_and_resume_reach_a_running_job(workshop: Workshop) -> None:
     job = workshop.submit(hyperparameters=replace(LONG, n_epochs=10))
     with _working(workshop.services):
@@ -84,6 +85,7 @@ def test_pause_and_resume_reach_a_running_job(workshop: Workshop) -> None:
     assert f"Resuming from step {stopped_at}" in workshop.messages(job)
 
 
+@pytest.mark.slow
 def test_a_worker_that_stops_gives_its_job_to_the_next_one(workshop: Workshop) -> None:
     job = workshop.submit(hyperparameters=replace(LONG, n_epochs=10))
     with _working(workshop.services):
