@@ -97,6 +97,7 @@ def open_services(settings: Settings, metrics: Metrics, admin_key: SecretStr) ->
                 engine=engine,
                 observer=metrics,
                 max_lora_rank=settings.max_lora_rank,
+                save_every_seconds=settings.resume_point_seconds,
             )
             worker = TuningWorker(tuning, name=f"{socket.gethostname()}-{os.getpid()}")
             worker.start()

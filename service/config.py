@@ -77,6 +77,10 @@ class Settings(BaseSettings):
         30.0, ge=1.0, le=3600.0, description="A job whose worker is silent for so long may be claimed again."
     )
 
+    resume_point_seconds: float = Field(
+        30.0, ge=0.0, description="How often a running job saves the state that a restart goes on from."
+    )
+
     max_body_bytes: ByteSize = Field(ByteSize(8 * MIB), ge=1024, description="Largest JSON request body.")
     max_file_bytes: ByteSize = Field(ByteSize(512 * MIB), ge=1024, description="Largest uploaded file.")
     drain_seconds: float = Field(

@@ -13,7 +13,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+
+import torch
 
 from adapters.errors import AdapterError
 from adapters.peft_format import LoraWeights
@@ -202,10 +205,11 @@ class Engine:
 
     def _loop(self) -> None:
         try:
-            while self._wait_for_work():
-                self._take_commands()
-                self._step()
-                self._deliver()
+            with _decoding_stream(self.base.device):
+                while self._wait_for_work():
+                    self._take_commands()
+                    self._step()
+                    self._deliver()
         except BaseException as error:
             self._error = f"the engine stopped: {type(error).__name__}"
             logger.exception("engine.died")
@@ -367,6 +371,14 @@ class Engine:
             alive=not self._stop,
             error=self._error,
         )
+
+
+def _decoding_stream(device: torch.device) -> AbstractContextManager[object]:
+    """On CUDA a stream that goes before training's; on CPU the kernel arbitrates by thread priority."""
+    if device.type != "cuda":
+        return nullcontext()
+    torch.cuda.synchronize(device)
+    return torch.cuda.stream(torch.cuda.Stream(device, priority=-1))
 
 
 def _put_all(chunks: list[tuple[asyncio.Queue[OutputChunk], OutputChunk]]) -> None:

@@ -2,71 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from socket import create_server
 
-import httpx
-import openai
 import pytest
 
-ADMIN_KEY = "the-administrators-own-key"
-
-
-@dataclass(frozen=True)
-class Running:
-    """A serving process."""
-
-    process: subprocess.Popen[bytes]
-    url: str
-    ops_url: str
-
-    def ready(self) -> bool:
-        try:
-            return httpx.get(f"{self.ops_url}/readyz").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    def client(self) -> openai.OpenAI:
-        made = httpx.post(
-            f"{self.url}/v1/admin/tenants", json={"name": "acme"}, headers={"authorization": f"Bearer {ADMIN_KEY}"}
-        )
-        key = made.raise_for_status().json()["api_key"]
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, _strict_response_validation=True)
-
-
-@contextmanager
-def rootstock_serve(base: Path, data_dir: Path) -> Iterator[Running]:
-    port, ops_port = _free_port(), _free_port()
-    command = [sys.executable, "-c", "from service.cli import main; main()", "serve"]
-    options = {"port": port, "ops-port": ops_port, "base": base, "data-dir": data_dir, "log-format": "json"}
-    flags = [f"--{name}={value}" for name, value in options.items()]
-    environment = {**os.environ, "ROOTSTOCK_ADMIN_KEY": ADMIN_KEY, "OMP_NUM_THREADS": "1"}
-    with (data_dir / "log").open("wb") as log:
-        process = subprocess.Popen([*command, *flags], env=environment, stdout=log, stderr=log)
-    running = Running(process, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{ops_port}")
-    try:
-        deadline = time.monotonic() + 120
-        while not running.ready():
-            assert process.poll() is None and time.monotonic() < deadline, (data_dir / "log").read_text()
-            time.sleep(0.1)
-        yield running
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _free_port() -> int:
-    with create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
+from tests.running_service import ADMIN_KEY, rootstock_serve
 
 
 @pytest.mark.slow
