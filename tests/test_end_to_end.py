@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -18,7 +19,8 @@ from tests.running_service import Running, rootstock_serve
 pytestmark = pytest.mark.slow
 
 COLOURS = {"apple": "red", "lemon": "yellow", "plum": "blue", "leaf": "green", "coal": "black", "snow": "white"}
-TRAINING = {"n_epochs": 20, "batch_size": 12, "learning_rate": 5e-3, "lora_r": 8, "eval_every": 10}
+HYPERPARAMETERS = {"n_epochs": 20, "batch_size": 12, "learning_rate": 5e-3, "lora_r": 8, "eval_every": 10}
+METHOD: Any = {"type": "supervised", "supervised": {"hyperparameters": HYPERPARAMETERS}}
 
 
 def rows(num: int = 48) -> bytes:
@@ -52,7 +54,7 @@ def messages(client: openai.OpenAI, job_id: str) -> list[str]:
 
 def metric(running: Running, name: str) -> float:
     text = httpx.get(f"{running.ops_url}/metrics").text
-    found = [s.value for family in text_string_to_metric_families(text) for s in family.samples if s.name == name]  # type: ignore[no-untyped-call]
+    found = [s.value for family in text_string_to_metric_families(text) for s in family.samples if s.name == name]
     return float(sum(found))
 
 
@@ -67,7 +69,7 @@ def test_an_adapter_is_trained_while_chat_flows_and_the_next_request_uses_it(
             training_file=file.id,
             suffix="colours",
             seed=1,
-            method={"type": "supervised", "supervised": {"hyperparameters": TRAINING}},  # type: ignore[typeddict-item]
+            method=METHOD,
             extra_body={"alias": "painter"},
         )
         served = []
@@ -104,7 +106,7 @@ def test_after_kill_9_nothing_acknowledged_is_lost_and_the_job_goes_on_from_its_
             model=base,
             training_file=file.id,
             seed=1,
-            method={"type": "supervised", "supervised": {"hyperparameters": TRAINING}},  # type: ignore[typeddict-item]
+            method=METHOD,
         )
         await_job(client, job.id, lambda j: any(m.startswith("Step 20/") for m in messages(client, j.id)), lambda: None)
         running.process.kill()

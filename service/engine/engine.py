@@ -378,7 +378,7 @@ def _decoding_stream(device: torch.device) -> AbstractContextManager[object]:
     if device.type != "cuda":
         return nullcontext()
     torch.cuda.synchronize(device)
-    return torch.cuda.stream(torch.cuda.Stream(device, priority=-1))
+    return torch.cuda.stream(torch.cuda.Stream(device, priority=-1))  # type: ignore[no-untyped-call]
 
 
 def _put_all(chunks: list[tuple[asyncio.Queue[OutputChunk], OutputChunk]]) -> None:
