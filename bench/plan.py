@@ -34,7 +34,7 @@ class Plan:
     def quick(cls, cuda: bool) -> Plan:
         return cls(
             sizes=CUDA if cuda else CPU,
-            decode_rounds=2,
+            decode_rounds=1,
             decode_tokens=16,
             peer_rounds=1,
             peer_tokens=8,
@@ -43,5 +43,5 @@ class Plan:
             training_rounds=1,
             training_steps=2,
             co_serving_rounds=1,
-            co_serving_seconds=1.5,
+            co_serving_seconds=1.0,
         )

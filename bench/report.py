@@ -14,18 +14,18 @@ from rich.table import Table
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- results: written by python -m bench --write-docs -->", "<!-- end of results -->"
-_COLUMNS = ("what", "median", "lowest to highest round", "goal", "reference")
+_COLUMNS = ("what", "median", "lowest to highest", "goal", "best reference")
 
 
 def show(results: Mapping[str, Any], console: Console) -> None:
-    """One table per measurement, ratios last; a ratio that misses its goal is marked."""
+    """One table per measurement, ratios last, green or red where there is a goal. References are in the document."""
     for section, entries in results["sections"].items():
         table = Table(title=section, title_justify="left", title_style="bold", expand=False)
-        for column in _COLUMNS:
+        for column in _COLUMNS[:-1]:
             table.add_column(column)
         for entry in entries:
             style = {True: "green", False: "red", None: "bold" if entry["ratio"] else ""}[entry["met"]]
-            table.add_row(*_cells(entry), style=style)
+            table.add_row(*_cells(entry)[:-1], style=style)
         console.print(table)
 
 
