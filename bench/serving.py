@@ -73,7 +73,7 @@ class ServingRig:
             base,
             self._load,
             EngineConfig(
-                kv_cache_bytes=_kv_bytes(base, max_num_seqs),
+                kv_cache_bytes=kv_bytes(base, max_num_seqs),
                 max_num_seqs=max_num_seqs,
                 max_lora_slots=max(1, len(adapters)),
             ),
@@ -151,7 +151,7 @@ def random_prompts(vocabulary: int, num_rows: int, shortest: int, longest: int, 
     return [tuple(torch.randint(4, vocabulary, (n,), generator=generator).tolist()) for n in lengths]
 
 
-def _kv_bytes(base: BaseModel, max_num_seqs: int) -> int:
+def kv_bytes(base: BaseModel, max_num_seqs: int) -> int:
     """Room for every row at full length, so nothing is ever preempted."""
     config = base.model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
