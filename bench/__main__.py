@@ -36,7 +36,7 @@ def _measure(options: argparse.Namespace) -> None:
     cuda = torch.cuda.is_available()
     plan = Plan.quick(cuda) if options.quick else Plan.whole(cuda)
     with console.status("") as status:
-        sections = run(plan, options.only, status.update)
+        sections = run(plan, options.only, status.update if console.is_terminal else console.print)
     found = results.collect(plan, options.quick, sections)
     report.show(found.as_dict(), console)
     console.print(f"{time.monotonic() - started:.0f} seconds; goals and method: docs/benchmarks.md")
