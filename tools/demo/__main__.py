@@ -6,6 +6,7 @@ The walk: start the service -> three tenants -> three jobs while chat flows -> s
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from tools.demo.tenant import ALIAS, Tenant, create_tenants
 from tools.demo.traffic import Traffic
 
 BASELINE_SECONDS = 6.0
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1.0
 JOB_SECONDS = 170.0
 ALONE, TRAINING = "serving alone", "serving + training"
 
@@ -128,14 +129,21 @@ def _check(traffic: Traffic, results: Sequence[Score]) -> None:
             raise DemoError(f"{score.tenant}: the adapter is no better than the base or the few-shot prompt")
 
 
+async def _until_signal() -> None:
+    """The demo; SIGTERM ends it as Ctrl-C does, so that the service never outlives it."""
+    task = asyncio.ensure_future(demo())
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    await task
+
+
 def main() -> int:
     """Run the demo; the exit status of the command."""
     try:
-        asyncio.run(demo())
+        asyncio.run(_until_signal())
     except (DemoError, ServerError) as error:
         screen.console.print(f"✗ {error}", style="bold red", markup=False)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         return 130
     return 0
 

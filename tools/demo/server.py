@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 import httpx
 
-START_SECONDS = 90.0
+START_SECONDS = 180.0
 STOP_SECONDS = 30.0
 
 
@@ -52,8 +52,12 @@ async def running_server() -> AsyncIterator[Server]:
         try:
             await _wait_until_ready(server, process, log)
             yield server
-        finally:
-            await _stop(process, log)
+        except BaseException:
+            await _stop(process)
+            raise
+        status = await _stop(process)
+        if status != 0:
+            raise ServerError(f"rootstock serve ended with status {status}\n{_tail(log)}")
 
 
 def _environment() -> dict[str, str]:
@@ -84,17 +88,15 @@ async def _wait_until_ready(server: Server, process: asyncio.subprocess.Process,
     raise ServerError(f"rootstock serve was not ready after {START_SECONDS:.0f} s\n{_tail(log)}")
 
 
-async def _stop(process: asyncio.subprocess.Process, log: Path) -> None:
+async def _stop(process: asyncio.subprocess.Process) -> int:
+    """End it, by force if it does not go; its exit status."""
     if process.returncode is None:
         process.send_signal(signal.SIGTERM)
     try:
-        status = await asyncio.wait_for(process.wait(), STOP_SECONDS)
+        return await asyncio.wait_for(process.wait(), STOP_SECONDS)
     except TimeoutError:
         process.kill()
-        await process.wait()
-        raise ServerError(f"rootstock serve ignored SIGTERM for {STOP_SECONDS:.0f} s\n{_tail(log)}") from None
-    if status != 0:
-        raise ServerError(f"rootstock serve ended with status {status}\n{_tail(log)}")
+        return await process.wait()
 
 
 def _tail(log: Path, num_lines: int = 30) -> str:
