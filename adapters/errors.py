@@ -1,13 +1,13 @@
 """The exception tree of `adapters`. Knows no HTTP status: `service.errors` chooses that in one table.
 
-    AdapterError
-    ├── AdapterFormatError    a directory is not a servable LoRA adapter (`check` says which check failed)
-    │   └── BaseMismatchError it was made for another base
-    ├── AdapterNotFoundError  no such digest in the store
-    ├── NoFreeSlotError       every slot is pinned by a running sequence
-    ├── StoreError            the artifact store did not answer as it should
-    ├── DatasetError          an example file is unusable (`line`, `code`, `param`)
-    └── TrainingError         a run cannot go on (`code`)
+AdapterError
+├── AdapterFormatError    a directory is not a servable LoRA adapter (`check` says which check failed)
+│   └── BaseMismatchError it was made for another base
+├── AdapterNotFoundError  no such digest in the store
+├── NoFreeSlotError       every slot is pinned by a running sequence
+├── StoreError            the artifact store did not answer as it should
+├── DatasetError          an example file is unusable (`line`, `code`, `param`)
+└── TrainingError         a run cannot go on (`code`)
 """
 
 from __future__ import annotations

@@ -103,8 +103,8 @@ class _Learner:
 
     def _loop(self) -> None:
         # The service's own way of standing back, not a copy of it.
-        tuning_worker._lower_priority()
-        with tuning_worker._background_stream(self._trainer.device):
+        tuning_worker.lower_priority()
+        with tuning_worker.background_stream(self._trainer.device):
             while self._may_go_on():
                 result = self._trainer.step()
                 self._steps.append((time.perf_counter(), result.num_tokens))

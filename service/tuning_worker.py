@@ -57,8 +57,8 @@ class TuningWorker:
         return self._thread.is_alive()
 
     def _loop(self) -> None:
-        _lower_priority()
-        with _background_stream(self._services.base.device):
+        lower_priority()
+        with background_stream(self._services.base.device):
             while not self._stopping.is_set():
                 try:
                     claim = self._services.queue.claim(self._name)
@@ -83,7 +83,7 @@ class TuningWorker:
         logger.info("tuning.run_finished", extra={**extra, "outcome": outcome.value, "seconds": round(seconds, 3)})
 
 
-def _lower_priority() -> None:
+def lower_priority() -> None:
     """Let the kernel arbitrate between decoding and training.
 
     Before this thread's first torch call: its OpenMP workers inherit the priority. Measured on 2 cores, p99 of a
@@ -93,7 +93,7 @@ def _lower_priority() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
 
 
-def _background_stream(device: torch.device) -> AbstractContextManager[object]:
+def background_stream(device: torch.device) -> AbstractContextManager[object]:
     """On CUDA, a stream of the lowest priority: the engine's kernels go first."""
     if device.type != "cuda":
         return contextlib.nullcontext()
