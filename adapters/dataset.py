@@ -68,9 +68,7 @@ class CompletionExample:
 Example = ChatExample | CompletionExample
 
 
-def read_examples(
-    stream: BinaryIO, *, minimum: int = MIN_EXAMPLES, param: str = "training_file"
-) -> Iterator[Example]:
+def read_examples(stream: BinaryIO, *, minimum: int = MIN_EXAMPLES, param: str = "training_file") -> Iterator[Example]:
     """Yield the examples of a JSONL stream. Holds one line at a time.
 
     Raises:

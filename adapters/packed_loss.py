@@ -50,18 +50,14 @@ class PackedLoss:
         lengths = [len(tokens) - 1 for tokens, _ in sequences]
         options = {"logits_to_keep": positions} if self._takes_positions else {}
         with routing(route), packed_sequences(lengths, self.device) as packed:
-            output = self.model(
-                input_ids=tokens[None], position_ids=packed.position_ids, use_cache=False, **options
-            )
+            output = self.model(input_ids=tokens[None], position_ids=packed.position_ids, use_cache=False, **options)
         logits = output.logits[0] if self._takes_positions else output.logits[0, positions]
         labels = labels[positions]
         loss = functional.cross_entropy(logits.float(), labels, reduction="sum")
         return loss, (logits.detach().argmax(dim=-1) == labels).sum()
 
     @torch.no_grad()
-    def score(
-        self, corpus: Corpus, route: Routing | None, between_packs: Callable[[], None] = lambda: None
-    ) -> Score:
+    def score(self, corpus: Corpus, route: Routing | None, between_packs: Callable[[], None] = lambda: None) -> Score:
         """Over all sequences of a corpus, without gradients."""
         total_loss, num_right, num_learned = 0.0, 0, 0
         for pack in self.packs(corpus, list(range(len(corpus)))):

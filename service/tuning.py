@@ -182,9 +182,7 @@ class TuningRun:
             write_adapter(Path(directory), weights, base_name=base.name, base=base.signature)
             return self._services.store.publish(Path(directory))
 
-    def _evaluate(
-        self, trainer: Trainer, files: JobFiles, data: TuningData, digest: str
-    ) -> EvaluationReport | None:
+    def _evaluate(self, trainer: Trainer, files: JobFiles, data: TuningData, digest: str) -> EvaluationReport | None:
         """Compare base, few-shot prompt and adapter. The job does not fail when only this cannot be done."""
         base = self._services.base
         trainer.adapter.load(trainer.best_weights().modules)

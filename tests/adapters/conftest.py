@@ -37,7 +37,10 @@ class TemplateCodec:
         self, messages: Sequence[Mapping[str, Any]], tools: Any = None, add_generation_prompt: bool = True
     ) -> list[int]:
         text = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=self.template
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=self.template,
         )
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return ids

@@ -61,7 +61,7 @@ def test_what_is_written_here_plain_peft_loads_with_the_same_effect(
     merged = LlamaForCausalLM.from_pretrained(tiny_llama_dir)
     with torch.no_grad():
         for name, pair in weights.modules.items():
-            merged.get_submodule(name).weight += pair.b @ pair.a * pair.scaling
+            merged.get_parameter(f"{name}.weight").add_(pair.b @ pair.a * pair.scaling)
         theirs = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_llama_dir), str(tmp_path))
         torch.testing.assert_close(theirs(input_ids=ids).logits, merged(input_ids=ids).logits, atol=2e-4, rtol=2e-4)
     again = read_adapter(tmp_path, replace(signature, names=frozenset()), max_rank=64)
@@ -78,7 +78,7 @@ def test_what_plain_peft_saves_is_read_unchanged(
     targets: Any, tmp_path: Path, signature: BaseSignature, tiny_llama_dir: Path
 ) -> None:
     config = LoraConfig(r=6, lora_alpha=9, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
-    theirs = get_peft_model(LlamaForCausalLM.from_pretrained(tiny_llama_dir), config)
+    theirs: Any = get_peft_model(LlamaForCausalLM.from_pretrained(tiny_llama_dir), config)
     theirs.save_pretrained(str(tmp_path))
     base = replace(signature, names=frozenset({tiny_llama_dir.name}))
     weights = read_adapter(tmp_path, base, max_rank=64)
@@ -143,7 +143,7 @@ def fill(tensors: dict[str, torch.Tensor], value: str) -> None:
 
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 OTHER = {"base_model_name_or_path": "some/other-base"}
-REFUSED: list[tuple[str, Callable[[Path], None]]] = [
+REFUSED: list[tuple[str, Callable[[Path], object]]] = [
     ("files", lambda d: (d / "adapter_config.json").unlink()),
     ("files", lambda d: (d / "adapter_model.safetensors").unlink()),
     ("pickle", _pickled),
@@ -179,7 +179,7 @@ REFUSED: list[tuple[str, Callable[[Path], None]]] = [
 
 @pytest.mark.parametrize(("check", "break_it"), REFUSED)
 def test_a_broken_directory_is_refused_and_the_check_is_named(
-    check: str, break_it: Callable[[Path], None], adapter_dir: Path, signature: BaseSignature
+    check: str, break_it: Callable[[Path], object], adapter_dir: Path, signature: BaseSignature
 ) -> None:
     break_it(adapter_dir)
     with pytest.raises(AdapterFormatError) as refusal:

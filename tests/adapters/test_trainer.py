@@ -85,7 +85,7 @@ def _plain_peft_losses(base_dir: Path, adapter_dir: Path, trainer: Trainer, num_
             labels[row, : len(tokens)] = torch.where(trained, tokens.long(), -100)
         logits = model(input_ids=ids, attention_mask=mask).logits
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, CONFIG.max_grad_norm)
         optimizer.step()
         schedule.step()
@@ -107,9 +107,7 @@ def test_losses_are_those_of_plain_peft_and_adamw(
     assert ours[-1] < ours[0] - 0.5
 
 
-def test_five_steps_a_kill_and_five_more_are_ten_steps_bit_for_bit(
-    grafted: GraftedBase, codec: TemplateCodec
-) -> None:
+def test_five_steps_a_kill_and_five_more_are_ten_steps_bit_for_bit(grafted: GraftedBase, codec: TemplateCodec) -> None:
     straight = _trainer(grafted, codec)
     _run(straight, 10)
     first_half = _trainer(grafted, codec)
@@ -179,16 +177,12 @@ def test_how_a_step_is_cut_into_packs_does_not_change_what_it_learns(
 
 def test_an_epoch_shows_every_example_once_and_epochs_differ(grafted: GraftedBase, codec: TemplateCodec) -> None:
     trainer = _trainer(grafted, codec)
-    epochs = [
-        [index for step in range(5) for index in trainer._batch(epoch * 5 + step)] for epoch in range(2)
-    ]
+    epochs = [[index for step in range(5) for index in trainer._batch(epoch * 5 + step)] for epoch in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20))
     assert epochs[0] != epochs[1]
 
 
-def test_training_changes_no_bit_of_the_base_and_switches_nothing(
-    grafted: GraftedBase, codec: TemplateCodec
-) -> None:
+def test_training_changes_no_bit_of_the_base_and_switches_nothing(grafted: GraftedBase, codec: TemplateCodec) -> None:
     def fingerprint() -> str:
         digest = hashlib.sha256()
         for name, tensor in grafted.model.state_dict().items():
@@ -212,9 +206,7 @@ def test_an_evaluation_is_due_on_its_steps_and_at_the_end_of_every_epoch(
     assert trainer.done
 
 
-def test_the_best_weights_are_those_of_the_lowest_validation_loss(
-    grafted: GraftedBase, codec: TemplateCodec
-) -> None:
+def test_the_best_weights_are_those_of_the_lowest_validation_loss(grafted: GraftedBase, codec: TemplateCodec) -> None:
     trainer = _trainer(grafted, codec, replace(CONFIG, learning_rate=0.2, num_epochs=8))  # unstable on purpose
     snapshots = {}
     while not trainer.done:
@@ -241,9 +233,7 @@ def test_a_run_stops_early_when_patience_is_over(grafted: GraftedBase, codec: Te
     assert trainer.done
 
 
-def test_a_loss_that_is_not_finite_is_skipped_and_then_ends_the_run(
-    grafted: GraftedBase, codec: TemplateCodec
-) -> None:
+def test_a_loss_that_is_not_finite_is_skipped_and_then_ends_the_run(grafted: GraftedBase, codec: TemplateCodec) -> None:
     trainer = _trainer(grafted, codec)
     trainer.step()
     with torch.no_grad():
@@ -260,7 +250,7 @@ def test_a_skipped_step_moves_no_master(grafted: GraftedBase, codec: TemplateCod
     trainer.step()
     before = _bits(trainer)
     parameter = trainer.adapter.parameters()[0]
-    hook = parameter.register_hook(lambda gradient: gradient * float("inf"))  # type: ignore[no-untyped-call]
+    hook = parameter.register_hook(lambda gradient: gradient * float("inf"))
     assert trainer.step().skipped
     hook.remove()
     assert _bits(trainer) == before

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, has_avx512bf16, int8_vectorwise_dequant
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[attr-defined]
 
 from service.engine.errors import BaseModelError
 from service.engine.frozen_linear import FrozenLinear, LinearWeights, Nf4Linear, Quantization, freeze
@@ -56,7 +56,7 @@ def as_bitsandbytes(part: LinearWeights) -> Linear4bit:
 def test_fused_nf4_siblings_hold_exactly_what_bitsandbytes_layers_hold() -> None:
     parts = weights(96, 32, 64)
     references = [as_bitsandbytes(part).weight for part in parts]
-    expected = torch.cat([dequantize_4bit(w.data, w.quant_state) for w in references])
+    expected = torch.cat([dequantize_4bit(w.data, w.quant_state) for w in references])  # type: ignore[attr-defined]
     assert torch.equal(freeze(parts, Quantization.NF4, CPU).dequantized(), expected)
 
 

@@ -46,8 +46,8 @@ def sequence(
     return Sequence(request, max_tokens=100, arrival=arrival)
 
 
-def scheduler(cache: Cache, **sizes: int) -> Scheduler:
-    return Scheduler(cache, **{"max_num_seqs": 4, "max_num_batched_tokens": 20, "prefill_chunk": 8, **sizes})
+def scheduler(cache: Cache, *, max_num_seqs: int = 4, max_num_batched_tokens: int = 20) -> Scheduler:
+    return Scheduler(cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, prefill_chunk=8)
 
 
 def advance(plan: Plan) -> list[tuple[str, int]]:
