@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -246,22 +247,32 @@ def test_gradients_are_the_same_before_and_after_serving(tiny_llama_dir: Path, q
     assert all(gradient.abs().sum() > 0 for gradient in after)
 
 
-@pytest.mark.parametrize("quantization", list(Quantization))
-def test_gradients_are_those_of_a_dense_float32_model(tiny_llama_dir: Path, quantization: Quantization) -> None:
-    base = load_base_model(str(tiny_llama_dir), quantization=quantization, device="cpu")
-    serve(base)
-    dense = load_base_model(str(tiny_llama_dir), quantization="none", device="cpu", dtype=torch.float32)
+def dense_gradients(directory: Path, base: BaseModel, dtype: torch.dtype) -> torch.Tensor:
+    """Those of an unquantized model that holds exactly the weights that `base` dequantizes to."""
+    dense = load_base_model(str(directory), quantization="none", device="cpu", dtype=dtype)
     for name, site in dense.lora_sites.items():
         site.base.weight.data.copy_(base.lora_sites[name].base.dequantized())  # type: ignore[operator]
-    found = adapter_gradients(base, random_adapter(base))
-    expected = adapter_gradients(dense, random_adapter(dense))
-    exact = base.dtype == torch.float32
-    # A dense bfloat16 model differs by 0.025 overall, and by up to 0.053 in one matrix.
-    assert relative_error(torch.cat([g.view(-1) for g in found]), torch.cat([g.view(-1) for g in expected])) < (
-        1e-5 if exact else 0.03
-    )
-    for got, want in zip(found, expected, strict=True):
-        assert relative_error(got, want) < (1e-5 if exact else 0.1)
+    return flat(adapter_gradients(dense, random_adapter(dense)))
+
+
+@pytest.mark.parametrize("quantization", list(Quantization))
+def test_gradients_are_those_of_a_dense_model_up_to_the_rounding_of_bfloat16(
+    tiny_llama_dir: Path, quantization: Quantization
+) -> None:
+    base = load_base_model(str(tiny_llama_dir), quantization=quantization, device="cpu")
+    serve(base)
+    found = flat(adapter_gradients(base, random_adapter(base)))
+    exact = dense_gradients(tiny_llama_dir, base, torch.float32)
+    if base.dtype == torch.float32:
+        assert relative_error(found, exact) < 1e-5
+        return
+    rounding = relative_error(dense_gradients(tiny_llama_dir, base, torch.bfloat16), exact)
+    assert rounding < 0.06
+    assert relative_error(found, exact) < 2 * rounding  # the first layer sees no gradient and takes the packed kernel
+
+
+def flat(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([gradient.view(-1) for gradient in gradients])
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
