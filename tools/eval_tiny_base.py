@@ -104,7 +104,7 @@ def train_lora(model: Any, examples: list[Example], args: argparse.Namespace, pa
             for param_group in optimizer.param_groups:
                 param_group["lr"] = lr
             loss = batch_loss(model, group, pad)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             optimizer.zero_grad()
