@@ -14,6 +14,7 @@ LARGE_MODEL, LARGE_MODEL_LEARNING_RATE = 1e9, 2e-4
 
 FEW_EXAMPLES_SEEN, MANY_EXAMPLES_SEEN = 100, 25_000
 MAX_AUTO_EPOCHS = 25
+EVALUATION_SHARE = 0.15
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,13 @@ def auto_learning_rate(num_parameters: float) -> float:
     return float(SMALL_MODEL_LEARNING_RATE * (LARGE_MODEL_LEARNING_RATE / SMALL_MODEL_LEARNING_RATE) ** share)
 
 
-def auto_eval_every(num_steps: int) -> int:
-    """About twenty evaluations in a run."""
-    return max(1, num_steps // 20)
+def auto_eval_every(num_steps: int, num_valid: int, batch_size: int) -> int:
+    """About twenty evaluations in a run, fewer where they would take more than a seventh of its time.
+
+    A validation example costs a forward only: a third of a training example.
+    """
+    affordable = ceil(num_valid / (3 * EVALUATION_SHARE * batch_size))
+    return max(1, num_steps // 20, min(affordable, num_steps))
 
 
 def steps_per_epoch(num_sequences: int, batch_size: int) -> int:

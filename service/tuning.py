@@ -144,6 +144,7 @@ class TuningRun:
             spec.hyperparameters,
             seed=spec.seed,
             num_examples=len(data.train),
+            num_valid=len(data.valid),
             base=base.signature,
             parent=parent.spec if parent else None,
         )

@@ -31,7 +31,13 @@ class TuningPlan:
 
 
 def make_plan(
-    asked: Hyperparameters, *, seed: int, num_examples: int, base: BaseSignature, parent: LoraSpec | None
+    asked: Hyperparameters,
+    *,
+    seed: int,
+    num_examples: int,
+    num_valid: int,
+    base: BaseSignature,
+    parent: LoraSpec | None,
 ) -> TuningPlan:
     """Fill every "auto". `parent` is the spec of the adapter that the run continues from.
 
@@ -47,12 +53,14 @@ def make_plan(
     batch_size = auto_batch_size(num_examples) if asked.batch_size == "auto" else asked.batch_size
     num_steps = num_epochs * steps_per_epoch(num_examples, batch_size)
     patience = AUTO_PATIENCE if asked.early_stopping_patience == "auto" else asked.early_stopping_patience
+    usual_every = auto_eval_every(num_steps, num_valid, batch_size)
+    every = usual_every if asked.eval_every == "auto" else asked.eval_every
     config = TrainConfig(
         num_epochs=num_epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
         seed=seed,
-        eval_every=auto_eval_every(num_steps) if asked.eval_every == "auto" else asked.eval_every,
+        eval_every=every,
         patience=patience,
     )
     return TuningPlan(spec, config, _resolved(spec, config, learning_rate / usual))

@@ -46,7 +46,12 @@ def test_the_learning_rate_falls_with_the_size_of_the_model() -> None:
 
 @pytest.mark.parametrize(("num_steps", "every"), [(3, 1), (40, 2), (1500, 75)])
 def test_a_run_is_evaluated_about_twenty_times(num_steps: int, every: int) -> None:
-    assert auto_eval_every(num_steps) == every
+    assert auto_eval_every(num_steps, num_valid=4, batch_size=16) == every
+
+
+def test_many_validation_examples_are_scored_less_often_but_at_least_once() -> None:
+    assert auto_eval_every(90, num_valid=30, batch_size=8) == 9
+    assert auto_eval_every(90, num_valid=10_000, batch_size=8) == 90
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 100])

@@ -18,7 +18,7 @@ LARGE = BaseSignature({"model.layers.0.up_proj": LinearShape(100_000, 80_000)}, 
 def _plan(
     asked: Hyperparameters | None = None, *, base: BaseSignature = SMALL, parent: LoraSpec | None = None
 ) -> TuningPlan:
-    return make_plan(asked or Hyperparameters(), seed=5, num_examples=1000, base=base, parent=parent)
+    return make_plan(asked or Hyperparameters(), seed=5, num_examples=1000, num_valid=10, base=base, parent=parent)
 
 
 def test_the_defaults_are_those_practitioners_agree_on() -> None:

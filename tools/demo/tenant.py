@@ -15,9 +15,13 @@ from openai.types.fine_tuning import FineTuningJob
 from tools.demo.server import Server
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-TENANT_NAMES = ("harbour-bank", "lantern-hotels", "copper-kettle")
+NUM_EPOCHS = {"harbour-bank": 2, "lantern-hotels": 2, "copper-kettle": 4}
+"""The tenants, and how long each one's task takes to learn."""
+
+LEARNING_RATE_MULTIPLIER = 1.5
+"""Short runs on a small base bear a little more than the usual rate."""
+
 ALIAS = "assistant"
-NUM_EPOCHS = 5
 MAX_ANSWER_TOKENS = 80
 
 
@@ -66,7 +70,15 @@ class Tenant:
             validation_file=uploads[1].id,
             suffix="demo",
             seed=20,
-            method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": NUM_EPOCHS}}},
+            method={
+                "type": "supervised",
+                "supervised": {
+                    "hyperparameters": {
+                        "n_epochs": NUM_EPOCHS[self.name],
+                        "learning_rate_multiplier": LEARNING_RATE_MULTIPLIER,
+                    }
+                },
+            },
             extra_body={"alias": ALIAS},
         )
 
@@ -82,7 +94,7 @@ async def create_tenants(server: Server) -> list[Tenant]:
     """The three tenants, made by the admin API."""
     headers = {"Authorization": f"Bearer {server.admin_key}"}
     async with httpx.AsyncClient(base_url=server.url, headers=headers, trust_env=False) as admin:
-        return [await _create_tenant(admin, server, name) for name in TENANT_NAMES]
+        return [await _create_tenant(admin, server, name) for name in NUM_EPOCHS]
 
 
 async def _create_tenant(admin: httpx.AsyncClient, server: Server, name: str) -> Tenant:
