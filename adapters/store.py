@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -44,6 +45,7 @@ class AdapterStore:
         self._local = Path(self._root) if self._is_local else cache_dir / "sha256"
         self._verified: set[str] = set()
         self._lock = threading.Lock()
+        self._transfers: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
 
     def publish(self, directory: Path) -> str:
         """Store the files of `directory`, durable when it returns; their digest. The same files again cost nothing.
@@ -52,7 +54,7 @@ class AdapterStore:
         """
         manifest = _manifest_of(directory)
         digest = hashlib.sha256(manifest).hexdigest()
-        with _store_errors(f"publishing adapter {digest}"):
+        with _store_errors(f"publishing adapter {digest}"), self._transfer(digest):
             if not self.exists(digest):
                 if self._is_local:
                     self._install(digest, manifest, lambda name, target: shutil.copyfile(directory / name, target))
@@ -70,7 +72,7 @@ class AdapterStore:
             verified = digest in self._verified
         if verified and path.is_dir():
             return path
-        with _store_errors(f"reading adapter {digest}"):
+        with _store_errors(f"reading adapter {digest}"), self._transfer(digest):
             if self._is_local:
                 _verify_present(path, digest)
             else:
@@ -141,6 +143,11 @@ class AdapterStore:
         finally:
             shutil.rmtree(building, ignore_errors=True)
         fsync_path(self._local)
+
+    def _transfer(self, digest: str) -> threading.Lock:
+        """Held while an adapter's files move or are checked: one thread does it, the others find it done."""
+        with self._lock:
+            return self._transfers.setdefault(digest, threading.Lock())
 
     def _remote(self, *parts: str) -> str:
         return "/".join((self._root, *parts))
