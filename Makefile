@@ -38,7 +38,7 @@ lint: install
 	$(BIN)/lint-imports --no-logo
 
 fast: install
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 test: lint  ## everything: linters, types, import contract and all tests
 	$(BIN)/pytest
