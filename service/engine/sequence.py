@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from itertools import pairwise
@@ -124,7 +123,6 @@ class Sequence:
     num_preemptions: int = 0
     first_scheduled: float | None = None
     token_times: list[float] = field(default_factory=list)
-    prompt_counts: Counter[int] | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
