@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -310,11 +310,8 @@ class Engine:
         """Hand this step's chunks to their event loops, one call each."""
         outbox, self._outbox = self._outbox, {}
         for loop, chunks in outbox.items():
-            try:
+            with suppress(RuntimeError):  # the loop is closed: its clients are gone
                 loop.call_soon_threadsafe(_put_all, chunks)
-            except RuntimeError:  # the loop is closed: its clients are gone
-                for queue_and_chunk in chunks:
-                    del queue_and_chunk
 
     # -- small things -----------------------------------------------------------------------------------------
 

@@ -155,7 +155,7 @@ class Scheduler:
         for sequence in self.running:
             if sequence.is_prefill:
                 budget -= self._plan_chunk(sequence, plan, budget)
-        if not self._preempted_now:
+        if not self._preempted_now and len(self.running) < self.max_num_seqs:  # else no need to rank who waits
             self._admit(plan, budget)
         for work in plan.work:
             self.counters.charge(work.sequence.request.tenant, work.num_tokens if work.is_prefill else 2.0)

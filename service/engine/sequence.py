@@ -98,7 +98,7 @@ class SequenceReport:
 
 
 class SequenceStatus(Enum):
-    """WAITING may hold a finished prefill: a preempted sequence waits to be replayed."""
+    """A preempted sequence is WAITING again, with its output tokens, to be replayed."""
 
     WAITING = "waiting"
     RUNNING = "running"
