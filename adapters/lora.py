@@ -73,6 +73,8 @@ class SlotTable:
         self.r = r
         self._names = [part.name for part in site.parts]
         self.a = torch.zeros(num_slots, len(site.parts) * r, site.in_features, dtype=dtype, device=device)
+        #: each slot's own rank in each part, 0 where it has none, for kernels that skip the padding
+        self.ranks = torch.zeros(num_slots, len(site.parts), dtype=torch.int64, device=device)
         self.banks = []
         for width, group in groupby(range(len(site.parts)), key=lambda index: site.parts[index].out_features):
             parts = list(group)
@@ -83,6 +85,7 @@ class SlotTable:
     def load(self, slot: int, modules: Mapping[str, LoraPair]) -> None:
         """Fill a slot; parts without a pair become zero."""
         self.a[slot].zero_()
+        self.ranks[slot] = torch.tensor([modules[n].a.shape[0] if n in modules else 0 for n in self._names])
         for bank in self.banks:
             bank.b[slot].zero_()
             for place, part in enumerate(bank.parts):
@@ -96,6 +99,7 @@ class SlotTable:
         for part in range(len(self._names)):
             rows = other.a[:, part * other.r : (part + 1) * other.r]
             self.a[:, part * self.r : part * self.r + other.r].copy_(rows)
+        self.ranks.copy_(other.ranks)
         for mine, theirs in zip(self.banks, other.banks, strict=True):
             mine.b[:, :, : other.r].copy_(theirs.b)
 

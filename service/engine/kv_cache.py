@@ -48,7 +48,7 @@ class _Slab:
 
 
 @dataclass
-class _LayerBuffer:
+class LayerBuffer:
     keys: torch.Tensor  # [num_slabs * slab_tokens * num_kv_heads, key_dim]
     values: torch.Tensor  # [num_slabs * slab_tokens * num_kv_heads, value_dim]
     num_kv_heads: int
@@ -97,14 +97,14 @@ class KvCache:
                 f"kv_cache_bytes={max_bytes} is too small: two sequences of {max_model_len} tokens need {needed}"
             )
         self._stacks: list[_Stack] = []
-        found: dict[int, _LayerBuffer] = {}
+        found: dict[int, LayerBuffer] = {}
         for shape in dict.fromkeys(layers):
             members = [index for index, one in enumerate(layers) if one == shape]
             lines = self.num_slabs * self.slab_tokens * shape.num_kv_heads
             keys = _zeros(len(members), lines, shape.key_dim, dtype, device)
             values = _zeros(len(members), lines, shape.value_dim, dtype, device)
             self._stacks += [_Stack(keys, shape.num_kv_heads), _Stack(values, shape.num_kv_heads)]
-            found |= {i: _LayerBuffer(keys[n], values[n], shape.num_kv_heads) for n, i in enumerate(members)}
+            found |= {i: LayerBuffer(keys[n], values[n], shape.num_kv_heads) for n, i in enumerate(members)}
         self.layers = [found[index] for index in range(len(layers))]
         self.device = device
         self._free_slabs = list(range(self.num_slabs - 1, -1, -1))
