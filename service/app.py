@@ -122,4 +122,5 @@ def _engine_config(settings: Settings) -> EngineConfig:
         max_lora_rank=settings.max_lora_rank,
         max_host_adapters=settings.max_host_adapters,
         max_waiting=settings.max_waiting,
+        cuda_graphs=settings.cuda_graphs,
     )

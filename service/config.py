@@ -72,6 +72,10 @@ class Settings(BaseSettings):
     max_host_adapters: int = Field(256, ge=1, description="Adapters kept in host memory, ready for a slot.")
     max_waiting: int = Field(1024, ge=1, description="Requests that may wait before new ones get a 429.")
 
+    cuda_graphs: bool = Field(
+        True, description="Replay decode steps as CUDA graphs, recorded when first needed; without effect on CPU."
+    )
+
     training: bool = Field(True, description="Run fine-tuning jobs in this process.")
     lease_seconds: float = Field(
         30.0, ge=1.0, le=3600.0, description="A job whose worker is silent for so long may be claimed again."

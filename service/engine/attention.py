@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from adapters.packing import PackedBatch, current_pack
+from service.engine.decode_attention import DecodeAttention
 from service.engine.kv_cache import LayerShape
 from service.engine.step_attention import StepAttention, softcapped
 
@@ -36,7 +37,7 @@ class ShapeProbe:
 
 
 @contextmanager
-def attending(context: StepAttention | ShapeProbe) -> Iterator[None]:
+def attending(context: StepAttention | DecodeAttention | ShapeProbe) -> Iterator[None]:
     """Attention calls of this thread belong to `context` inside the block."""
     _current.context = context
     try:
@@ -76,8 +77,8 @@ def _attention_forward(
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise NotImplementedError("attention sinks and position biases are not supported")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    context: StepAttention | ShapeProbe | None = getattr(_current, "context", None)
-    if isinstance(context, StepAttention):
+    context: StepAttention | DecodeAttention | ShapeProbe | None = getattr(_current, "context", None)
+    if isinstance(context, StepAttention | DecodeAttention):
         layer: int = module.layer_idx  # type: ignore[assignment]
         q, k, v = query[0], key[0], value[0]
         return context.attend(layer, q, k, v, scale, sliding_window, softcap)[None], None

@@ -24,6 +24,7 @@ from adapters.slots import AdapterSlots, HostCache
 from service.engine.base_model import BaseModel
 from service.engine.detokenizer import TokenBytes
 from service.engine.errors import EngineDeadError, QueueFullError, RequestRejectedError
+from service.engine.kernel_forward import kernel_forward
 from service.engine.kv_cache import KvCache
 from service.engine.observation import EngineObserver, EngineStats
 from service.engine.residency import Residency
@@ -56,6 +57,7 @@ class EngineConfig:
     max_lora_rank: int = 64
     max_host_adapters: int = 256
     max_waiting: int = 1024
+    cuda_graphs: bool = True
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ class Engine:
             prefill_chunk=config.prefill_chunk,
             on_preempt=self._count_preemption,
         )
-        self._runner = Runner(base, self._residency)
+        kernels = kernel_forward(base, self._residency, config.max_num_seqs, config.cuda_graphs)
+        self._runner = Runner(base, self._residency, kernels)
         self._token_bytes = TokenBytes(base.tokenizer)
         self._responses: dict[str, _Submit] = {}
         self._seeds: dict[Sequence, int] = {}

@@ -9,6 +9,7 @@ import torch
 from adapters.lora import Run, SlotRouting, plan_rows, routing
 from service.engine.attention import ShapeProbe, attending
 from service.engine.base_model import BaseModel
+from service.engine.kernel_forward import KernelForward
 from service.engine.kv_cache import LayerShape, Row
 from service.engine.residency import Residency
 from service.engine.sampler import Sampled, Sampler
@@ -31,8 +32,10 @@ def probe_layers(base: BaseModel) -> list[LayerShape]:
 class Runner:
     """Computes plans on the base with every row's own adapter."""
 
-    def __init__(self, base: BaseModel, residency: Residency) -> None:
+    def __init__(self, base: BaseModel, residency: Residency, kernels: KernelForward | None = None) -> None:
+        """`kernels` is the forward where there is a faster one than this class's own."""
         self._base = base
+        self._kernels = kernels
         self._residency = residency
         self._sampler = Sampler()
 
@@ -43,7 +46,10 @@ class Runner:
         """
         decodes = sorted(plan.decodes, key=self._decode_order)
         works = plan.prefills + decodes
-        logits = self._forward(works, decodes)
+        if self._kernels is not None:
+            logits = self._kernels.logits(plan.prefills, decodes)
+        else:
+            logits = self._forward(works, decodes)
         sampling = [work.sequence for work in works if work.samples]
         if not sampling:
             return []
