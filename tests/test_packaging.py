@@ -21,7 +21,10 @@ from service.config import BUNDLED_BASE
 from tools.lock import closure, project_requirements
 
 ROOT = Path(__file__).resolve().parent.parent
-PINNED_BY_ANOTHER = {"pydantic-core"}  # pydantic wants exactly one version of it
+PINNED_BY_ANOTHER = {
+    "pydantic-core",  # pydantic wants exactly one version of it
+    "triton",  # torch's CUDA build brings its own; the CPU does without
+}
 NEEDED_UNIMPORTED = {
     "httptools",  # uvicorn's fast parser
     "python-multipart",  # Starlette's forms
