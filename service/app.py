@@ -20,6 +20,7 @@ from service.config import Settings
 from service.database import connect
 from service.engine.base_model import BaseModel, Quantization, load_base_model
 from service.engine.engine import Engine, EngineConfig
+from service.engine.grammar_compiler import GrammarCompiler
 from service.files import Files
 from service.job_queue import JobQueue
 from service.jobs import Jobs
@@ -73,6 +74,8 @@ def open_services(settings: Settings, metrics: Metrics, admin_key: SecretStr) ->
         engine.start()
         stack.callback(engine.shutdown, 0.0)
         metrics.watch_engine(engine.stats)
+        grammars = GrammarCompiler(base)
+        stack.callback(grammars.close)
         queue = JobQueue(database, lease_seconds=settings.lease_seconds, observer=metrics)
         metrics.watch_leases(queue.max_lease_age_seconds)
         services = Services(
@@ -80,6 +83,7 @@ def open_services(settings: Settings, metrics: Metrics, admin_key: SecretStr) ->
             admin_key=admin_key,
             base=base,
             engine=engine,
+            grammars=grammars,
             metrics=metrics,
             tenants=Tenants(database),
             files=files_,

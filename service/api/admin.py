@@ -10,8 +10,8 @@ from pydantic import Field
 from service.api.auth import AdminDep
 from service.api.models import retire
 from service.api.pages import list_body, only_query
-from service.api.schemas import WireModel
 from service.api.services import ServicesDep
+from service.api.wire import WireModel
 from service.tenants import Tenant
 
 router = APIRouter(prefix="/v1/admin/tenants", tags=["admin"])

@@ -10,8 +10,8 @@ from pydantic import Field
 from service.aliases import Alias
 from service.api.auth import TenantDep
 from service.api.pages import list_body, only_query
-from service.api.schemas import WireModel
 from service.api.services import ServicesDep
+from service.api.wire import WireModel
 
 router = APIRouter(prefix="/v1/aliases", tags=["aliases"])
 

@@ -20,6 +20,7 @@ from service.api.schemas import GenerationParams
 from service.api.services import Services
 from service.api.sse import DONE, EventStream, event
 from service.engine.errors import EngineError
+from service.engine.grammar import Grammar
 from service.engine.sequence import FinishReason, GenerationRequest, OutputChunk, SamplingParams, TokenLogprob
 from service.errors import InvalidRequestError, ServiceError, wire_error
 from service.metrics import Origin
@@ -102,6 +103,7 @@ class Ask:
     prompts: Sequence[tuple[int, ...]]
     max_tokens: int | None
     logprobs: int | None
+    grammar: Grammar | None = None
 
     def check_lengths(self, max_model_len: int, param: str) -> None:
         """Raises InvalidRequestError when a prompt and its answer cannot fit the context."""
@@ -146,6 +148,8 @@ class Ask:
             stop=tuple(params.stop or ()),
             ignore_eos=bool(params.ignore_eos),
             logprobs=self.logprobs,
+            logit_bias=tuple((params.logit_bias or {}).items()),
+            grammar=self.grammar,
         )
 
 

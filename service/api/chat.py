@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -15,6 +16,8 @@ from service.api.logprobs import chat_logprobs
 from service.api.schemas import ChatRequest
 from service.api.services import Services, ServicesDep
 from service.api.sse import to_json
+from service.api.structured import format_source
+from service.engine.grammar_source import GrammarSource
 from service.engine.sequence import OutputChunk
 from service.tenants import Tenant
 
@@ -25,11 +28,13 @@ router = APIRouter(tags=["chat"])
 async def create_chat_completion(
     body: ChatRequest, request: Request, tenant: TenantDep, services: ServicesDep
 ) -> Response:
-    ask = await run_in_threadpool(_understand, body, tenant, services)
+    ask, source = await run_in_threadpool(_understand, body, tenant, services)
+    if source is not None:
+        ask = replace(ask, grammar=await services.grammars.compile(source))
     return await answer(request, services, ask, ChatShape(ask.head, body.include_usage))
 
 
-def _understand(body: ChatRequest, tenant: Tenant, services: Services) -> Ask:
+def _understand(body: ChatRequest, tenant: Tenant, services: Services) -> tuple[Ask, GrammarSource | None]:
     model = services.registry.resolve(tenant.id, body.model)
     ask = Ask(
         operation="chat",
@@ -42,7 +47,7 @@ def _understand(body: ChatRequest, tenant: Tenant, services: Services) -> Ask:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     ask.check_lengths(services.base.max_model_len, "messages")
-    return ask
+    return ask, format_source(body.response_format, body.structured_outputs)
 
 
 def _render(body: ChatRequest, services: Services) -> Sequence[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -16,6 +17,8 @@ from service.api.logprobs import legacy_logprobs
 from service.api.schemas import CompletionRequest
 from service.api.services import Services, ServicesDep
 from service.api.sse import to_json
+from service.api.structured import format_source
+from service.engine.grammar_source import GrammarSource
 from service.engine.sequence import OutputChunk
 from service.errors import InvalidRequestError
 from service.tenants import Tenant
@@ -33,11 +36,13 @@ router = APIRouter(tags=["completions"])
 async def create_completion(
     body: CompletionRequest, request: Request, tenant: TenantDep, services: ServicesDep
 ) -> Response:
-    ask = await run_in_threadpool(_understand, body, tenant, services)
+    ask, source = await run_in_threadpool(_understand, body, tenant, services)
+    if source is not None:
+        ask = replace(ask, grammar=await services.grammars.compile(source))
     return await answer(request, services, ask, CompletionShape(ask.head, body.include_usage))
 
 
-def _understand(body: CompletionRequest, tenant: Tenant, services: Services) -> Ask:
+def _understand(body: CompletionRequest, tenant: Tenant, services: Services) -> tuple[Ask, GrammarSource | None]:
     model = services.registry.resolve(tenant.id, body.model)
     if len(body.prompt) * body.num_choices > MAX_SEQUENCES:
         raise InvalidRequestError(f"Prompts times 'n' may not exceed {MAX_SEQUENCES}.", param="prompt")
@@ -52,7 +57,7 @@ def _understand(body: CompletionRequest, tenant: Tenant, services: Services) -> 
         logprobs=body.logprobs,
     )
     ask.check_lengths(services.base.max_model_len, "prompt")
-    return ask
+    return ask, format_source(body.response_format, body.structured_outputs)
 
 
 def _tokens(prompt: str | list[int], services: Services) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from adapters.errors import AdapterError
-from service.api.schemas import UNSUPPORTED
+from service.api.wire import UNSUPPORTED
 from service.engine.errors import EngineError
 from service.errors import InvalidRequestError, ServiceError, error_body, wire_error
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, StringConstraints, WrapValidator, model_validator
 
 from service import job
-from service.api.schemas import WireModel, field_error
+from service.api.wire import WireModel, field_error
 
 MAX_SEED = 2**31 - 1
 MAX_METADATA_PAIRS = 16

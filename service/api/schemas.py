@@ -8,46 +8,17 @@ Accepted and without effect, because nothing observable would differ: `user`, `s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from service.api.structured import ResponseFormat, StructuredOutputs
+from service.api.wire import Unsupported, WireModel, field_error
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 4
 MAX_INT64 = 2**63 - 1
-UNSUPPORTED = "unsupported"
-"""pydantic's `type` of the complaint about a field that is missing here."""
-
-
-class WireModel(BaseModel):
-    """Strict: no coercion, no unknown field, no NaN. Names what it does not support yet."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-    unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {}
-    """OpenAI's fields that are missing here, each with the values that ask for nothing; null always does."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, body: object) -> object:
-        if not isinstance(body, dict):
-            return body
-        for name in cls.unsupported.keys() & body.keys():
-            value = body[name]
-            if value is not None and not any(_same(value, harmless) for harmless in cls.unsupported[name]):
-                raise PydanticCustomError(UNSUPPORTED, "not supported yet", {"param": name})
-        return {name: value for name, value in body.items() if name not in cls.unsupported}
-
-
-def field_error(param: str, reason: str) -> PydanticCustomError:
-    """A complaint of a model validator that names the field to blame."""
-    return PydanticCustomError("field", "{reason}", {"reason": reason, "param": param})
-
-
-def _same(value: object, harmless: object) -> bool:
-    return value == harmless and type(value) is type(harmless)  # 0 is not False
+MAX_BIASES = 300
 
 
 def _one_or_many(value: object) -> object:
@@ -69,10 +40,27 @@ StopStrings = Annotated[
 ]
 
 
+def _biases(value: object) -> object:
+    """`{"50256": -100}` with the token ids as numbers."""
+    if not isinstance(value, dict):
+        raise ValueError("must be an object of token ids and biases")
+    for token in value:
+        if not isinstance(token, str) or not token.isdecimal() or not token.isascii() or len(token) > 10:
+            raise ValueError(f"'{str(token)[:40]}' is not a token id")
+    return {int(token): bias for token, bias in value.items()}
+
+
+LogitBias = Annotated[
+    dict[int, Annotated[float, Field(ge=-100, le=100)]] | None,
+    Field(max_length=MAX_BIASES),
+    BeforeValidator(lambda value: None if value is None else _biases(value)),
+]
+
+
 class StreamOptions(WireModel):
     include_usage: bool | None = None
 
-    unsupported = {"include_obfuscation": (False,)}
+    unsupported: ClassVar[Unsupported] = {"include_obfuscation": (False,)}
 
 
 class GenerationParams(WireModel):
@@ -90,19 +78,26 @@ class GenerationParams(WireModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    logit_bias: LogitBias = None
+    response_format: ResponseFormat | None = None
 
     top_k: int | None = Field(None, ge=0)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     ignore_eos: bool | None = None
     priority: int | None = Field(None, ge=-1000, le=1000)
-
-    unsupported = {"logit_bias": ({},)}
+    structured_outputs: StructuredOutputs | None = None
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise field_error("stream_options", "only allowed when 'stream' is true")
+        return self
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> Self:
+        if self.structured_outputs is not None and self.response_format and self.response_format.type != "text":
+            raise field_error("structured_outputs", "give either 'response_format' or 'structured_outputs', not both")
         return self
 
     @property
@@ -133,7 +128,7 @@ class Message(WireModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[TextPart], Field(min_length=1), BeforeValidator(_text_parts)]
 
-    unsupported = {
+    unsupported: ClassVar[Unsupported] = {
         "name": (),
         "refusal": (),
         "tool_calls": ([],),
@@ -162,8 +157,7 @@ class ChatRequest(GenerationParams):
     prompt_cache_retention: str | None = None
     service_tier: Literal["auto", "default"] | None = None
 
-    unsupported = {
-        **GenerationParams.unsupported,
+    unsupported: ClassVar[Unsupported] = {
         "audio": (),
         "function_call": ("none",),
         "functions": ([],),
@@ -173,7 +167,6 @@ class ChatRequest(GenerationParams):
         "prediction": (),
         "prompt_cache_options": (),
         "reasoning_effort": ("none",),
-        "response_format": ({"type": "text"},),
         "store": (False,),
         "tool_choice": ("none",),
         "tools": ([],),
@@ -218,4 +211,4 @@ class CompletionRequest(GenerationParams):
     prompt: Annotated[Any, BeforeValidator(_prompts), AfterValidator(_check_prompts)]
     logprobs: int | None = Field(None, ge=0, le=5)
 
-    unsupported = {**GenerationParams.unsupported, "best_of": (1,), "echo": (False,), "suffix": ("",)}
+    unsupported: ClassVar[Unsupported] = {"best_of": (1,), "echo": (False,), "suffix": ("",)}

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from service.config import Settings
     from service.engine.base_model import BaseModel
     from service.engine.engine import Engine
+    from service.engine.grammar_compiler import GrammarCompiler
     from service.files import Files
     from service.jobs import Jobs
     from service.metrics import Metrics
@@ -28,6 +29,7 @@ class Services:
     admin_key: SecretStr
     base: BaseModel
     engine: Engine
+    grammars: GrammarCompiler
     metrics: Metrics
     tenants: Tenants
     files: Files

@@ -288,7 +288,11 @@ class Engine:
             self._respond(sequence, token)
 
     def _respond(self, sequence: Sequence, token: Sampled) -> None:
-        request_id = sequence.request.request_id
+        request_id, matcher = sequence.request.request_id, sequence.matcher
+        if matcher is not None and not matcher.consume(token.token_id):
+            logger.warning("engine.grammar_failed", extra={"request_id": request_id, "reason": matcher.error})
+            self._finish(request_id, FinishReason.ERROR, f"the grammar could not be followed: {matcher.error}")
+            return
         try:
             is_last = len(sequence.output_token_ids) >= sequence.max_tokens
             reason = self._responses[request_id].response.add(token, is_last)
@@ -296,6 +300,8 @@ class Engine:
             logger.exception("engine.response_failed", extra={"request_id": request_id})
             self._finish(request_id, FinishReason.ERROR, "internal error while writing the answer")
             return
+        if matcher is not None and matcher.is_complete:
+            reason = FinishReason.STOP  # whatever `ignore_eos` says: no token could follow
         if reason is not None:
             self._finish(request_id, reason)
 
@@ -332,6 +338,13 @@ class Engine:
             raise RequestRejectedError(
                 f"token ids must lie in 0..{self.base.vocab_size - 1}", param="prompt", code="invalid_prompt"
             )
+        for token, _ in request.sampling.logit_bias:
+            if not 0 <= token < self.base.vocab_size:
+                raise RequestRejectedError(
+                    f"'logit_bias' names token {token}; token ids lie in 0..{self.base.vocab_size - 1}",
+                    param="logit_bias",
+                    code="invalid_value",
+                )
         wanted = request.sampling.max_tokens
         return limit - length if wanted is None else min(wanted, limit - length)
 

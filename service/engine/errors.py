@@ -5,6 +5,9 @@ EngineError
 ├── QueueFullError         too many wait already; try again after `retry_after` seconds
 ├── BaseModelError         the base model cannot be loaded as asked; stops start-up
 ├── ChatTemplateError      the base's chat template refuses these messages
+├── GrammarError           what the answer shall follow cannot be followed
+│   ├── InvalidGrammarError         malformed, unsupported or too complex
+│   └── GrammarsUnavailableError    this base's tokenizer cannot be used with grammars
 └── EngineDeadError        the loop has stopped; nothing will run any more
 """
 
@@ -54,3 +57,27 @@ class ChatTemplateError(RequestRejectedError):
     """The base's chat template refuses these messages (roles that must alternate, say)."""
 
     code = "invalid_messages"
+
+
+class GrammarError(RequestRejectedError):
+    """What the answer shall follow cannot be followed."""
+
+
+class InvalidGrammarError(GrammarError):
+    """A schema, pattern or grammar that is malformed, unsupported or too complex; `param` names the field."""
+
+    code = "invalid_grammar"
+
+    def __init__(self, reason: str, *, param: str) -> None:
+        super().__init__(f"'{param}' cannot be kept to: {reason}.", param=param)
+        self.reason = reason
+
+    def of(self, param: str) -> InvalidGrammarError:
+        """The same complaint about another field: two requests may share one compilation."""
+        return InvalidGrammarError(self.reason, param=param)
+
+
+class GrammarsUnavailableError(GrammarError):
+    """This base's tokenizer cannot be used with grammars."""
+
+    code = "structured_outputs_unavailable"

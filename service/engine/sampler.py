@@ -29,18 +29,18 @@ class Sampled:
 
 
 class Sampler:
-    """Temperature, top-k, top-p, min-p and penalties; log-probabilities are those of the model, before all that."""
+    """Penalties, bias and grammar, then temperature, top-k, top-p and min-p.
+
+    Log-probabilities are those of the model, before all that.
+    """
 
     def sample(self, logits: torch.Tensor, sequences: Rows[Sequence], seeds: Rows[int]) -> list[Sampled]:
         """logits: [rows, vocabulary], one row per sequence."""
         logits = logits.float()
         raw = logits
         params = [s.request.sampling for s in sequences]
-        if any(p.has_penalties for p in params):
-            logits = logits.clone()
-            for row, sequence in enumerate(sequences):
-                if params[row].has_penalties:
-                    _penalize(logits[row], sequence)
+        if any(p.reshapes_logits for p in params):
+            logits = _reshaped(logits, sequences)
         tokens: list[int] = logits.argmax(dim=-1).tolist()
         warm = [row for row, p in enumerate(params) if p.temperature >= _COLDEST]
         if warm:
@@ -66,6 +66,34 @@ def _with_logprobs(logits: torch.Tensor, tokens: list[int], params: list[Samplin
 def _uniform(seed: int, position: int) -> float:
     """The `position`-th number of this seed's stream, in [0, 1)."""
     return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
+
+
+def _reshaped(logits: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
+    """A copy in which each row obeys its own sequence: penalties, then bias, then grammar."""
+    logits = logits.clone()
+    for row, sequence in enumerate(sequences):
+        if sequence.request.sampling.has_penalties:
+            _penalize(logits[row], sequence)
+        if bias := sequence.request.sampling.logit_bias:
+            ids, values = zip(*bias, strict=True)
+            logits[row, list(ids)] += torch.tensor(values, device=logits.device)
+    _constrain(logits, sequences)
+    return logits
+
+
+def _constrain(logits: torch.Tensor, sequences: Rows[Sequence]) -> None:
+    """Leave to each row with a grammar only the tokens that may come next."""
+    matchers = {row: sequence.matcher for row, sequence in enumerate(sequences) if sequence.matcher is not None}
+    grammars = [s.request.sampling.grammar for s in sequences if s.request.sampling.grammar is not None]
+    if not matchers:
+        return
+    bits = np.empty((len(matchers), grammars[0].num_words), dtype=np.int32)
+    for matcher, row_bits in zip(matchers.values(), bits, strict=True):
+        matcher.allowed(row_bits)
+    forbidden = np.unpackbits(bits.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little") == 0
+    rows = list(matchers)
+    mask = torch.from_numpy(forbidden).to(logits.device)
+    logits[rows] = logits[rows].masked_fill(mask, float("-inf"))
 
 
 def _penalize(logits: torch.Tensor, sequence: Sequence) -> None:
@@ -99,6 +127,7 @@ def _draw(logits: torch.Tensor, params: list[SamplingParams], numbers: list[floa
     before = probs.cumsum(dim=-1) - probs
     keep &= before < column([p.top_p for p in params]) * probs.sum(dim=-1, keepdim=True)
     keep &= probs >= column([p.min_p for p in params]) * probs[:, :1]
+    keep &= probs > 0  # a token that a grammar forbids must not be the last one kept
     keep[:, 0] = True
     cumulative = (probs * keep).cumsum(dim=-1)
     target = column(numbers) * cumulative[:, -1:]

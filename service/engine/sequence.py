@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from itertools import pairwise
 
+from service.engine.grammar import Grammar, Matcher
+
 
 class FinishReason(StrEnum):
     """Why a sequence ended. The first two are OpenAI's words."""
@@ -23,6 +25,8 @@ class SamplingParams:
 
     `top_k=0`, `min_p=0` and `top_p=1` switch the filter off; `temperature=0` is greedy.
     `logprobs` is the number of alternatives reported beside each token; None reports none at all.
+    `logit_bias` adds to the logits of single tokens, `grammar` leaves only the tokens that keep to it; both come after
+    the penalties and before everything else.
     """
 
     max_tokens: int | None = None
@@ -39,6 +43,13 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     include_stop_str_in_output: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    grammar: Grammar | None = None
+
+    @property
+    def reshapes_logits(self) -> bool:
+        """Whether the tokens to choose from are others than the model's own."""
+        return self.has_penalties or bool(self.logit_bias) or self.grammar is not None
 
     @property
     def has_penalties(self) -> bool:
@@ -123,6 +134,11 @@ class Sequence:
     num_preemptions: int = 0
     first_scheduled: float | None = None
     token_times: list[float] = field(default_factory=list)
+    matcher: Matcher | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        sampling = self.request.sampling
+        self.matcher = None if sampling.grammar is None else sampling.grammar.start(sampling.ignore_eos)
 
     @property
     def num_prompt_tokens(self) -> int:

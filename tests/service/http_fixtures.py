@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -28,6 +28,7 @@ from service.config import Settings
 from service.database import connect
 from service.engine.base_model import BaseModel
 from service.engine.engine import Engine
+from service.engine.grammar_compiler import GrammarCompiler
 from service.health import Health
 from service.metrics import Metrics
 from tests.fakes import FakeEngine
@@ -116,6 +117,7 @@ def serve_fake(directory: Path, **settings: object) -> Iterator[Served]:
             admin_key=SecretStr(ADMIN_KEY),
             base=cast(BaseModel, engine.base),
             engine=cast(Engine, engine),
+            grammars=stack.enter_context(closing(GrammarCompiler(cast(BaseModel, engine.base)))),
             metrics=metrics,
             tenants=control.tenants,
             files=control.files,

@@ -84,3 +84,68 @@ def test_logprobs_are_the_models_own_whatever_the_sampling() -> None:
     assert math.isclose(sampled.logprob or 0, math.log(0.3), rel_tol=1e-4)
     assert [token for token, _ in sampled.top] == [0, 1]
     assert math.isclose(sampled.top[0][1], math.log(0.4), rel_tol=1e-4)
+
+
+def test_a_bias_is_added_to_the_logits_of_its_tokens_only() -> None:
+    assert draws(50, temperature=0.0, logit_bias=((0, -100.0),)) == {1: 50}
+    assert draws(50, logit_bias=((5, 100.0),)) == {5: 50}
+    nudged = sequence(temperature=0.0, logit_bias=((1, 0.3),))  # log(0.4 / 0.3) = 0.288
+    plain = sequence(temperature=0.0)
+    sampled = Sampler().sample(LOGITS.expand(3, -1), [plain, nudged, plain], [0, 0, 0])
+    assert [s.token_id for s in sampled] == [0, 1, 0]
+
+
+def test_a_bias_comes_on_top_of_the_penalties() -> None:
+    asked = sequence(output=(0,), temperature=0.0, presence_penalty=2.0, logit_bias=((0, 2.1),))
+    assert Sampler().sample(LOGITS[None], [asked], [0])[0].token_id == 0
+
+
+class OnlyTokens:
+    """A grammar and its matcher in one: the same tokens at every step."""
+
+    num_words = 1
+
+    def __init__(self, *tokens: int) -> None:
+        self.tokens = tokens
+
+    def start(self, ignore_eos: bool) -> OnlyTokens:
+        return self
+
+    def allowed(self, bits: Any) -> None:
+        bits[:] = sum(1 << token for token in self.tokens)
+
+
+def test_a_grammar_leaves_its_tokens_and_touches_no_other_row() -> None:
+    rows = torch.randn(6, 6, generator=torch.Generator().manual_seed(1)) * 3
+    for temperature in (0.0, 1.0, 2.0):
+        plain = [sequence(temperature=temperature) for _ in range(6)]
+        mixed = [
+            sequence(temperature=temperature, grammar=OnlyTokens(row, (row + 1) % 6)) if row % 2 else plain[row]
+            for row in range(6)
+        ]
+        before = Sampler().sample(rows, plain, list(range(6)))
+        after = Sampler().sample(rows, mixed, list(range(6)))
+        assert before[::2] == after[::2]
+        assert all(after[row].token_id in (row, (row + 1) % 6) for row in (1, 3, 5))
+        alone = [Sampler().sample(rows[row : row + 1], [mixed[row]], [row])[0] for row in range(6)]
+        assert alone == after
+
+
+def test_a_forbidden_token_is_never_drawn_however_the_numbers_round() -> None:
+    flat = sequence(temperature=2.0, grammar=OnlyTokens(3, 4))
+    drawn = {s.token_id for s in Sampler().sample(LOGITS.expand(3000, -1), [flat] * 3000, list(range(3000)))}
+    assert drawn == {3, 4}
+
+
+def test_a_bias_cannot_bring_back_what_a_grammar_forbids() -> None:
+    asked = sequence(temperature=0.0, grammar=OnlyTokens(2, 3), logit_bias=((0, 100.0), (2, -100.0)))
+    assert Sampler().sample(LOGITS[None], [asked], [0])[0].token_id == 3
+    last_resort = sequence(temperature=0.0, grammar=OnlyTokens(2), logit_bias=((2, -100.0),))
+    assert Sampler().sample(LOGITS[None], [last_resort], [0])[0].token_id == 2
+
+
+def test_logprobs_are_those_before_bias_and_grammar() -> None:
+    asked = sequence(temperature=0.0, logprobs=1, grammar=OnlyTokens(2), logit_bias=((2, 5.0),))
+    [sampled] = Sampler().sample(LOGITS[None], [asked], [0])
+    assert sampled.token_id == 2 and math.isclose(sampled.logprob or 0, math.log(0.15), rel_tol=1e-4)
+    assert [token for token, _ in sampled.top] == [0]

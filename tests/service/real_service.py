@@ -1,0 +1,94 @@
+"""The service with a real engine on a tiny random base, in this process. Fixture `real_service`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import httpx
+import pytest
+import structlog
+from openai import OpenAI
+from pydantic import SecretStr
+
+from adapters.store import AdapterStore
+from service.api.services import Services
+from service.app import create_app
+from service.config import Settings
+from service.database import connect
+from service.engine.base_model import BaseModel, load_base_model
+from service.engine.engine import Engine, EngineConfig
+from service.engine.grammar_compiler import GrammarCompiler
+from service.metrics import Metrics
+from tests.adapters.loras import random_lora
+from tests.service.control_fixtures import make_control
+from tests.service.http_fixtures import ADMIN_KEY, serve_apps
+
+__all__ = ["real_service"]
+
+ADAPTER = "e" * 64
+
+
+@dataclass(frozen=True)
+class RealService:
+    """A running service; the tenant `acme` has the adapter `tuned`."""
+
+    url: str
+    key: str
+    base: BaseModel
+    engine: Engine
+    grammars: GrammarCompiler
+    tuned: str
+    closing: ExitStack
+
+    def client(self) -> OpenAI:
+        client = OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, _strict_response_validation=True)
+        self.closing.callback(client.close)
+        return client
+
+    def http(self) -> httpx.Client:
+        headers = {"authorization": f"Bearer {self.key}"}
+        return self.closing.enter_context(httpx.Client(base_url=self.url, headers=headers, timeout=60))
+
+
+@pytest.fixture(scope="module")
+def real_service(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealService]:
+    base = load_base_model(str(tiny_llama_dir), quantization="none", name="tiny")
+    with serve_real(base, tmp_path_factory.mktemp("real")) as running:
+        yield running
+
+
+@contextmanager
+def serve_real(base: BaseModel, directory: Path) -> Iterator[RealService]:
+    """The service on `base`, which is renamed to the `tiny` that the tests' control plane knows."""
+    base = replace(base, name="tiny")
+    with ExitStack() as stack:
+        structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
+        url = f"sqlite:///{directory / 'rootstock.db'}"
+        database = connect(url)
+        stack.callback(database.close)
+        control = make_control(database, url, directory / "storage")
+        settings, metrics = Settings(data_dir=directory), Metrics()
+        adapters = {ADAPTER: random_lora(base.signature, seed=3)}
+        engine = Engine(base, adapters.__getitem__, EngineConfig(kv_cache_bytes=32 << 20), metrics)
+        engine.start()
+        stack.callback(engine.shutdown, 0.0)
+        grammars = stack.enter_context(closing(GrammarCompiler(base)))
+        services = Services(
+            settings=settings,
+            admin_key=SecretStr(ADMIN_KEY),
+            base=base,
+            engine=engine,
+            grammars=grammars,
+            metrics=metrics,
+            tenants=control.tenants,
+            files=control.files,
+            jobs=control.jobs,
+            registry=control.registry,
+            store=AdapterStore(str(directory / "adapters"), directory / "cache"),
+        )
+        tuned = control.publish(suffix="tuned", digest=ADAPTER)
+        (api_url,) = stack.enter_context(serve_apps(create_app(services)))
+        yield RealService(api_url, control.acme_key, base, engine, grammars, tuned, stack)
