@@ -41,25 +41,25 @@ class Sampler:
         params = [s.request.sampling for s in sequences]
         if any(p.reshapes_logits for p in params):
             logits = _reshaped(logits, sequences)
-        tokens: list[int] = logits.argmax(dim=-1).tolist()
+        chosen = logits.argmax(dim=-1)
         warm = [row for row, p in enumerate(params) if p.temperature >= _COLDEST]
         if warm:
             numbers = [_uniform(seeds[row], len(sequences[row].output_token_ids)) for row in warm]
-            chosen = _draw(logits[warm], [params[row] for row in warm], numbers)
-            for row, token in zip(warm, chosen, strict=True):
-                tokens[row] = token
-        return _with_logprobs(raw, tokens, params)
+            chosen[warm] = _draw(logits[warm], [params[row] for row in warm], numbers)
+        return _with_logprobs(raw, chosen, params)
 
 
-def _with_logprobs(logits: torch.Tensor, tokens: list[int], params: list[SamplingParams]) -> list[Sampled]:
+def _with_logprobs(logits: torch.Tensor, chosen: torch.Tensor, params: list[SamplingParams]) -> list[Sampled]:
+    """Nothing here waits for the device once per row: rows that report equally many alternatives go together."""
+    tokens: list[int] = chosen.tolist()
     sampled = [Sampled(token) for token in tokens]
-    for row, p in enumerate(params):
-        if p.logprobs is None:
-            continue
-        logprobs = torch.log_softmax(logits[row], dim=-1)
-        values, ids = logprobs.topk(min(p.logprobs, logprobs.shape[0]))
-        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-        sampled[row] = Sampled(tokens[row], logprobs[tokens[row]].item(), top)
+    for count in {p.logprobs for p in params if p.logprobs is not None}:
+        rows = [row for row, p in enumerate(params) if p.logprobs == count]
+        logprobs = torch.log_softmax(logits[rows], dim=-1)
+        values, ids = logprobs.topk(min(count, logprobs.shape[-1]))
+        own = logprobs.gather(1, chosen[rows, None]).squeeze(1)
+        for row, logprob, *top in zip(rows, own.tolist(), ids.tolist(), values.tolist(), strict=True):
+            sampled[row] = Sampled(tokens[row], logprob, tuple(zip(*top, strict=True)))
     return sampled
 
 
@@ -111,8 +111,8 @@ def _penalize(logits: torch.Tensor, sequence: Sequence) -> None:
         logits[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
 
 
-def _draw(logits: torch.Tensor, params: list[SamplingParams], numbers: list[float]) -> list[int]:
-    """Inverse-CDF sampling among the tokens that the filters leave, likeliest first. logits: [rows, vocabulary]."""
+def _draw(logits: torch.Tensor, params: list[SamplingParams], numbers: list[float]) -> torch.Tensor:
+    """Inverse-CDF sampling among the tokens that the filters leave, likeliest first: [rows, vocabulary] -> [rows]."""
     device, vocabulary = logits.device, logits.shape[-1]
 
     def column(values: list[float]) -> torch.Tensor:
@@ -133,5 +133,4 @@ def _draw(logits: torch.Tensor, params: list[SamplingParams], numbers: list[floa
     target = column(numbers) * cumulative[:, -1:]
     chosen = (cumulative <= target).sum(dim=-1, keepdim=True)
     last = keep.sum(dim=-1, keepdim=True) - 1  # rounding may carry the target past the last kept token
-    picked: list[int] = ids.gather(1, torch.minimum(chosen, last)).squeeze(1).tolist()
-    return picked
+    return ids.gather(1, torch.minimum(chosen, last)).squeeze(1)

@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from service.engine.sampler import Sampler
 from service.engine.sequence import GenerationRequest, SamplingParams, Sequence
@@ -149,3 +150,37 @@ def test_logprobs_are_those_before_bias_and_grammar() -> None:
     [sampled] = Sampler().sample(LOGITS[None], [asked], [0])
     assert sampled.token_id == 2 and math.isclose(sampled.logprob or 0, math.log(0.15), rel_tol=1e-4)
     assert [token for token, _ in sampled.top] == [0]
+
+
+class Count(TorchDispatchMode):
+    """How many operations ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_device_is_asked_as_often_for_many_rows_as_for_few() -> None:
+    """Each value fetched from a GPU waits for all of its work: it was three times a row with log-probabilities."""
+
+    def operations(rows: int) -> int:
+        cold, warm = sequence(temperature=0.0, logprobs=2), sequence(logprobs=4)
+        with Count() as count:
+            Sampler().sample(LOGITS.expand(2 * rows, -1), [cold, warm] * rows, list(range(2 * rows)))
+        return int(count.operations)
+
+    assert operations(20) == operations(2)
+
+
+def test_rows_that_ask_for_different_numbers_of_alternatives_each_get_theirs() -> None:
+    made = [sequence(temperature=0.0, logprobs=n) for n in (3, None, 0, 3, 99)]
+    sampled = Sampler().sample(torch.stack([LOGITS.roll(i) for i in range(5)]), made, [0] * 5)
+    assert [s.token_id for s in sampled] == [0, 1, 2, 3, 4]
+    assert [len(s.top) for s in sampled] == [3, 0, 0, 3, 6]
+    assert [s.logprob is None for s in sampled] == [False, True, False, False, False]
+    assert [token for token, _ in sampled[3].top] == [3, 4, 5]
+    assert all(s.logprob == s.top[0][1] for s in sampled if s.top)
