@@ -174,6 +174,10 @@ class AdapterSlots:
         """How many running sequences pin each adapter."""
         return dict(self._references)
 
+    def close(self) -> None:
+        """Give the memory of all slots back."""
+        self.tables.clear()
+
     def _fill(self, digest: str, weights: LoraWeights) -> int:
         start = time.monotonic()
         if weights.max_rank > self.max_rank:

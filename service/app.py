@@ -12,7 +12,7 @@ from pydantic import SecretStr
 
 from adapters.peft_format import LoraWeights, read_adapter
 from adapters.store import AdapterStore
-from service.api import adapters, admin, aliases, chat, completions, files, fine_tuning, models
+from service.api import adapters, admin, aliases, chat, completions, embeddings, files, fine_tuning, models
 from service.api.errors import install_error_handlers
 from service.api.middleware import RequestMiddleware
 from service.api.services import Services
@@ -36,7 +36,7 @@ def create_app(services: Services) -> FastAPI:
     """The API. It starts and stops nothing: `open_services` does."""
     app = FastAPI(title="Rootstock", openapi_url=None)  # nothing is shown to who has no key
     app.state.services = services
-    for module in (chat, completions, files, fine_tuning, models, adapters, aliases, admin):
+    for module in (chat, completions, embeddings, files, fine_tuning, models, adapters, aliases, admin):
         app.include_router(module.router)
     install_error_handlers(app)
     app.add_middleware(

@@ -99,10 +99,13 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.prefill_chunk > self.max_num_batched_tokens:
-            raise ValueError("prefill_chunk may not exceed max_num_batched_tokens")
-        if self.max_num_seqs > self.max_num_batched_tokens:
-            raise ValueError("max_num_seqs may not exceed max_num_batched_tokens: each sequence needs one")
+        needed = self.max_num_seqs + self.prefill_chunk
+        if self.max_num_batched_tokens < needed:
+            raise ValueError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is too small: a step holds a token for each of"
+                f" max_num_seqs={self.max_num_seqs} and one prefill_chunk={self.prefill_chunk}, so it must be at least"
+                f" {needed}"
+            )
         if self.port == self.ops_port and self.port != 0:
             raise ValueError("port and ops_port must differ")
         return self

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from service.engine.errors import EngineError
 from service.engine.sequence import GenerationRequest, SamplingParams
 
 if TYPE_CHECKING:
@@ -63,6 +62,8 @@ class Health:
             return "draining"
         if self._engine is None:
             return "the base is loading"
+        if self._engine.stats().restarting:
+            return self.trouble() or "the engine is restarting after a failure"
         if not self._stepped_within(self._stall_seconds):
             return self.trouble() or f"no successful forward in the last {self._stall_seconds:.0f} s"
         return self.trouble()
@@ -85,7 +86,7 @@ class Health:
             async with asyncio.timeout(self._stall_seconds), aclosing(engine.generate(request)) as chunks:
                 async for _ in chunks:
                     pass
-        except (EngineError, TimeoutError) as error:
+        except Exception as error:  # whatever it is, the next check must come
             log.warning("self_check_failed", reason=type(error).__name__)
 
     def _stepped_within(self, seconds: float) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from service.engine.sequence import SequenceReport
 from service.job import JobStatus
@@ -215,6 +215,9 @@ def _engine_gauges(stats: EngineStats) -> Iterator[Metric]:
     yield _gauge("rootstock_requests_running", "Sequences being decoded.", stats.num_running)
     yield _gauge("rootstock_requests_waiting", "Sequences waiting for their turn.", stats.num_waiting)
     yield _gauge("rootstock_kv_cache_usage_ratio", "Share of the KV cache in use.", stats.kv_usage)
+    yield CounterMetricFamily(
+        "rootstock_engine_restarts", "Times the engine crashed and came back.", value=stats.num_restarts
+    )
     resident = GaugeMetricFamily("rootstock_adapters_resident", "Adapters loaded, running or not.", labels=["tier"])
     for tier, digests in stats.resident.items():
         resident.add_metric([tier], len(digests))

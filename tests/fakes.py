@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from service.engine.errors import EngineError, RequestRejectedError
+import numpy as np
+from numpy.typing import NDArray
+
+from service.engine.errors import EmbeddingFailedError, EngineError, RequestRejectedError
 from service.engine.observation import EngineObserver, EngineStats
 from service.engine.sequence import (
     FinishReason,
@@ -65,18 +69,33 @@ class FakeEngine:
     requests: list[GenerationRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     retired: list[str] = field(default_factory=list)
+    embedding_size: int | None = 8
+    most_running: int = 0
     num_running: int = 0
     alive: bool = True
+    restarting: bool = False
     busy_since: float | None = None
     last_step_at: float | None = field(default_factory=time.monotonic)
+
+    async def embed(self, request: GenerationRequest) -> NDArray[np.float32]:
+        """The tokens themselves, repeated to `embedding_size`, at length one."""
+        assert request.pooling and self.embedding_size is not None
+        chunks = self.generate(request)
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                if chunk.finish_reason is FinishReason.ERROR:
+                    raise EmbeddingFailedError(f"The embedding could not be computed: {chunk.error}.")
+        vector = np.resize(np.array(request.prompt_token_ids, dtype=np.float32), self.embedding_size)
+        return vector / np.linalg.norm(vector)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[OutputChunk, None]:
         if self.refusal is not None:
             raise self.refusal
-        if len(request.prompt_token_ids) >= self.base.max_model_len:
+        if len(request.prompt_token_ids) > self.base.max_model_len - (not request.pooling):
             raise RequestRejectedError("too long", param="messages", code="context_length_exceeded")
         self.requests.append(request)
         self.num_running += 1
+        self.most_running = max(self.most_running, self.num_running)
         finish_reason = FinishReason.ABORT
         num_tokens = 0
         try:
@@ -108,11 +127,19 @@ class FakeEngine:
             num_preemptions=0,
             last_step_at=self.last_step_at,
             busy_since=self.busy_since,
+            num_restarts=2,
+            restarting=self.restarting,
             alive=self.alive,
             error=None if self.alive else "the engine stopped: RuntimeError",
         )
 
     async def _answer(self, request: GenerationRequest) -> AsyncGenerator[OutputChunk, None]:
+        if request.pooling:
+            await asyncio.sleep(0)
+            failed = self.fails_after is not None
+            reason = FinishReason.ERROR if failed else FinishReason.STOP
+            yield self._chunk(request, "", 0, reason, error="the adapter is damaged" if failed else None)
+            return
         sampling, text = request.sampling, ""
         budget = sampling.max_tokens or self.base.max_model_len - len(request.prompt_token_ids)
         for number in range(budget):

@@ -9,17 +9,18 @@ import pytest
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
 
-from service.api import adapters, admin, aliases, chat, completions, files, fine_tuning, models
+from service.api import adapters, admin, aliases, chat, completions, embeddings, files, fine_tuning, models
 from service.config import Settings
 from service.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODULES = (chat, completions, files, fine_tuning, models, adapters, aliases, admin)
+MODULES = (chat, completions, embeddings, files, fine_tuning, models, adapters, aliases, admin)
 EXPORTED_BY_THE_ENGINE = {
     "rootstock_requests_running",
     "rootstock_requests_waiting",
     "rootstock_kv_cache_usage_ratio",
+    "rootstock_engine_restarts",
     "rootstock_adapters_resident",
     "rootstock_adapter_slots",
     "rootstock_lease_age_seconds_max",

@@ -28,6 +28,7 @@ MULTIPART_OVERHEAD_BYTES = 64 * 1024
 OPERATIONS = {
     "/v1/chat/": "chat",
     "/v1/completions": "completions",
+    "/v1/embeddings": "embeddings",
     "/v1/files": "files",
     "/v1/fine_tuning/": "fine_tuning",
     "/v1/models": "models",

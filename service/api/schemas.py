@@ -205,6 +205,44 @@ def _check_prompts(value: object) -> list[str] | list[list[int]]:
     return value
 
 
+MAX_INPUTS = 2048
+
+
+class EmbeddingsRequest(WireModel):
+    """Body of POST /v1/embeddings."""
+
+    model: str = Field(min_length=1, max_length=512)
+    input: Any
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(None, ge=1)
+    user: str | None = None
+
+    @model_validator(mode="after")
+    def _every_input_can_be_embedded(self) -> Self:
+        if not isinstance(self.input, str | list) or not self.input:
+            reason = "must be a string, a list of strings, a list of tokens or a list of lists of tokens, and not empty"
+            raise field_error("input", reason)
+        if len(self.inputs) > MAX_INPUTS:
+            raise field_error("input", f"may hold at most {MAX_INPUTS} inputs")
+        kind = type(self.inputs[0])
+        for index, one in enumerate(self.inputs):
+            if kind not in (str, list) or type(one) is not kind or not (kind is str or all(map(_is_token, one))):
+                raise field_error(self.name_of(index), "must hold either strings only or lists of tokens only")
+            if not one:
+                raise field_error(self.name_of(index), "may not be empty")
+        return self
+
+    @property
+    def inputs(self) -> list[str] | list[list[int]]:
+        """One for each embedding."""
+        single = isinstance(self.input, str) or _is_token(self.input[0])
+        return [self.input] if single else self.input
+
+    def name_of(self, index: int) -> str:
+        """How a complaint names one of the inputs."""
+        return "input" if self.inputs[index] is self.input else f"input[{index}]"
+
+
 class CompletionRequest(GenerationParams):
     """Body of POST /v1/completions, OpenAI's legacy endpoint."""
 

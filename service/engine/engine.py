@@ -2,6 +2,11 @@
 
 One thread owns sequences, cache, slots and the forward; nothing else touches them. Knows no HTTP and no metrics
 library: an `EngineObserver` hears of finished sequences.
+
+A fault is met where it does least harm: in one answer's text it ends that answer, in a step the step's requests.
+What escapes from there is a crash: whoever had started gets an error, cache, slots and scheduler are made anew
+around the base that stays loaded, and the loop goes on after a forward has succeeded. Too many crashes within a
+minute, or a lost device, end the engine for good.
 """
 
 from __future__ import annotations
@@ -13,29 +18,34 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, aclosing, nullcontext, suppress
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from adapters.errors import AdapterError
 from adapters.peft_format import LoraWeights
 from adapters.slots import AdapterSlots, HostCache
 from service.engine.base_model import BaseModel
+from service.engine.crash_limit import CrashLimit
 from service.engine.detokenizer import TokenBytes
-from service.engine.errors import EngineDeadError, QueueFullError, RequestRejectedError
+from service.engine.errors import EmbeddingFailedError, EngineDeadError, QueueFullError, RequestRejectedError
 from service.engine.kernel_forward import kernel_forward
 from service.engine.kv_cache import KvCache
 from service.engine.observation import EngineObserver, EngineStats
+from service.engine.pooling import embedding, watch_hidden_states
 from service.engine.residency import Residency
 from service.engine.response import Response
 from service.engine.runner import Runner, probe_layers
 from service.engine.sampler import Sampled
-from service.engine.scheduler import Plan, Scheduler
+from service.engine.scheduler import Admission, Plan, Scheduler, Work
 from service.engine.sequence import (
     FinishReason,
     GenerationRequest,
     OutputChunk,
+    SamplingParams,
     Sequence,
     SequenceStatus,
 )
@@ -43,6 +53,8 @@ from service.engine.sequence import (
 logger = logging.getLogger(__name__)
 
 _IDLE_POLL_SECONDS = 1.0
+MAX_CRASHES, CRASH_WINDOW_SECONDS = 3, 60.0
+_SELF_CHECK = GenerationRequest("_self_check", (0,), SamplingParams(max_tokens=1, temperature=0.0), "_self_check")
 
 
 @dataclass(frozen=True)
@@ -93,32 +105,11 @@ class Engine:
         self.config = config
         self._observer = observer
         self._host = HostCache(source, config.max_host_adapters, observer, self._wake)
-        cache = KvCache(
-            probe_layers(base),
-            max_bytes=config.kv_cache_bytes,
-            max_model_len=base.max_model_len,
-            dtype=base.dtype,
-            device=base.device,
-        )
-        slots = AdapterSlots(
-            base.lora_sites.values(),
-            num_slots=config.max_lora_slots,
-            max_rank=config.max_lora_rank,
-            dtype=base.dtype,
-            device=base.device,
-            host=self._host,
-            observer=observer,
-        )
-        self._residency = Residency(cache, slots)
-        self._scheduler = Scheduler(
-            self._residency,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=max(config.max_num_batched_tokens, config.max_num_seqs + config.prefill_chunk),
-            prefill_chunk=config.prefill_chunk,
-            on_preempt=self._count_preemption,
-        )
-        kernels = kernel_forward(base, self._residency, config.max_num_seqs, config.cuda_graphs)
-        self._runner = Runner(base, self._residency, kernels)
+        self.embedding_size = watch_hidden_states(base)
+        self._build()
+        self._crashes = CrashLimit(MAX_CRASHES, CRASH_WINDOW_SECONDS)
+        self._restarting = False
+        self._num_restarts = 0
         self._token_bytes = TokenBytes(base.tokenizer)
         self._responses: dict[str, _Submit] = {}
         self._seeds: dict[Sequence, int] = {}
@@ -178,6 +169,19 @@ class Engine:
             if not finished:
                 self.abort(request.request_id)
 
+    async def embed(self, request: GenerationRequest) -> NDArray[np.float32]:
+        """The embedding of a prompt, [embedding_size]: the base's own or, with `adapter`, the adapter's.
+
+        The request is one with `pooling`. Cancelling aborts the sequence. Raises as `generate` does, and
+        EmbeddingFailedError when the engine gives up on it later.
+        """
+        assert request.pooling, "generate() answers this one"
+        async with aclosing(self.generate(request)) as chunks:
+            chunk = await anext(chunks)
+        if chunk.embedding is None:
+            raise EmbeddingFailedError(f"The embedding could not be computed: {chunk.error or 'it was aborted'}.")
+        return chunk.embedding
+
     def submit(self, request: GenerationRequest, on_chunk: Callable[[OutputChunk], None]) -> None:
         """Queue a request; `on_chunk` is called in the engine's thread. Raises as `generate` does."""
         sequence = Sequence(request, self._max_tokens(request))
@@ -209,22 +213,93 @@ class Engine:
     def _loop(self) -> None:
         try:
             with _decoding_stream(self.base.device):
-                while self._wait_for_work():
-                    self._take_commands()
-                    self._step()
-                    self._deliver()
+                while not self._serve():
+                    pass
         except BaseException as error:
             self._error = f"the engine stopped: {type(error).__name__}"
             logger.exception("engine.died")
         finally:
-            with self._condition:
-                self._stop = True
+            self._end()
+
+    def _serve(self) -> bool:
+        """Step after step. True when it is time to end, False after a crash that the engine can come back from."""
+        try:
+            if self._restarting:
+                self._restart()
+            while self._wait_for_work():
                 self._take_commands()
-                for request_id in list(self._responses):
-                    self._finish(request_id, FinishReason.ERROR, self._error or "the service is shutting down")
+                self._step()
                 self._deliver()
-                self._condition.notify_all()
-            self._stats = self._picture()
+        except BaseException:
+            if self._crashes.exceeded_by_another() or _is_lost(self.base.device):
+                raise
+            logger.exception("engine.crashed")
+            self._restarting = True
+            self._busy_since = time.monotonic()
+            self._stats = replace(self._stats, restarting=True)
+            self._abandon("the engine failed and is restarting", keep_waiting=True)
+            self._deliver()
+            return False
+        return True
+
+    def _restart(self) -> None:
+        """Everything anew but the base and the adapters in host memory. Over when a forward has succeeded."""
+        self._residency.close()
+        self._build()
+        self._self_check()
+        self._restarting, self._busy_since = False, None
+        self._num_restarts += 1
+        for submitted in self._responses.values():
+            self._scheduler.add(submitted.sequence)
+        self._stats = self._picture()
+        logger.warning("engine.restarted", extra={"num_restarts": self._num_restarts})
+        self._wake()
+
+    def _build(self) -> None:
+        """What a crash may have left broken: cache, slots, scheduler, runner."""
+        base, config = self.base, self.config
+        cache = KvCache(
+            probe_layers(base),
+            max_bytes=config.kv_cache_bytes,
+            max_model_len=base.max_model_len,
+            dtype=base.dtype,
+            device=base.device,
+        )
+        slots = AdapterSlots(
+            base.lora_sites.values(),
+            num_slots=config.max_lora_slots,
+            max_rank=config.max_lora_rank,
+            dtype=base.dtype,
+            device=base.device,
+            host=self._host,
+            observer=self._observer,
+        )
+        self._residency = Residency(cache, slots)
+        self._scheduler = Scheduler(
+            self._residency,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            prefill_chunk=config.prefill_chunk,
+            on_preempt=self._count_preemption,
+        )
+        kernels = kernel_forward(base, self._residency, config.max_num_seqs, config.cuda_graphs)
+        self._runner = Runner(base, self._residency, kernels)
+
+    def _end(self) -> None:
+        """Nothing will run any more: tell everybody, whatever state the rest is in."""
+        with self._condition:
+            self._stop = True
+            for command in self._inbox:
+                if isinstance(command, _Submit):
+                    self._responses[command.sequence.request.request_id] = command
+            self._inbox.clear()
+            self._abandon(self._error or "the service is shutting down")
+            self._deliver()
+            self._condition.notify_all()
+        self._busy_since = None
+        self._stats = replace(
+            self._stats, num_running=0, num_waiting=0, restarting=False, alive=False, error=self._error
+        )
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False when it is time to end."""
@@ -241,9 +316,9 @@ class Engine:
             command = self._inbox.popleft()
             match command:
                 case _Submit(sequence=sequence):
+                    self._responses[sequence.request.request_id] = command
                     sampling = sequence.request.sampling
                     self._seeds[sequence] = secrets.randbits(63) if sampling.seed is None else sampling.seed
-                    self._responses[sequence.request.request_id] = command
                     self._scheduler.add(sequence)
                 case _Abort(request_id=request_id):
                     if request_id in self._responses:
@@ -260,8 +335,9 @@ class Engine:
             self._finish(sequence.request.request_id, FinishReason.ERROR, _explain(error))
         if plan.work:
             self._run(plan)
+        if not self._scheduler.running:
+            self._busy_since = None  # whoever waits now waits for an adapter: the engine is not stuck
         if not self._scheduler.has_work:
-            self._busy_since = None
             self._residency.check_integrity(self._scheduler.running)
         self._stats = self._picture()
 
@@ -274,8 +350,9 @@ class Engine:
             sampled = self._runner.run(plan, self._seeds)
         except Exception:  # the step's requests end with an error; the engine lives on
             logger.exception("engine.step_failed")
-            for work in plan.work:
-                self._finish(work.sequence.request.request_id, FinishReason.ERROR, "internal error while decoding")
+            sampled = None
+        if sampled is None:
+            self._fail_step(plan)
             return
         now = time.monotonic()
         self._steps += 1
@@ -286,6 +363,37 @@ class Engine:
             sequence.output_token_ids.append(token.token_id)
             sequence.token_times.append(now)
             self._respond(sequence, token)
+        for work in plan.prefills:
+            if work.sequence.needs_all_hidden and not work.sequence.is_prefill:
+                self._respond_pooled(work.sequence)
+
+    def _fail_step(self, plan: Plan) -> None:
+        """Only the step's requests may have suffered. Raises when that is not so."""
+        for work in plan.work:
+            self._finish(work.sequence.request.request_id, FinishReason.ERROR, "internal error while decoding")
+        self._residency.check_integrity(self._scheduler.running)
+        self._self_check()
+
+    def _self_check(self) -> None:
+        """One token, past the queue: can this engine still compute? Raises what the forward raises."""
+        sequence = Sequence(_SELF_CHECK, max_tokens=1)
+        if self._residency.acquire(sequence) is not Admission.STARTED:
+            return  # others hold all of the cache; their next step shows the same
+        try:
+            self._runner.run(Plan(prefills=[Work(sequence, 1, is_prefill=True, samples=True)]), {sequence: 0})
+        finally:
+            self._residency.release(sequence)
+        self._last_step_at = time.monotonic()
+
+    def _respond_pooled(self, sequence: Sequence) -> None:
+        total = self._residency[sequence].hidden_sum
+        assert total is not None, "every chunk of a pooling sequence is summed"
+        vector = embedding(total, sequence.num_prompt_tokens)
+        request_id = sequence.request.request_id
+        if np.isfinite(vector).all():
+            self._finish(request_id, FinishReason.STOP, embedding=vector)
+        else:
+            self._finish(request_id, FinishReason.ERROR, "the hidden states are not finite")
 
     def _respond(self, sequence: Sequence, token: Sampled) -> None:
         request_id, matcher = sequence.request.request_id, sequence.matcher
@@ -305,15 +413,51 @@ class Engine:
         if reason is not None:
             self._finish(request_id, reason)
 
-    def _finish(self, request_id: str, reason: FinishReason, error: str | None = None) -> None:
-        """Send the last chunk, free what the sequence held, tell the observer."""
-        submitted = self._responses.pop(request_id)
+    def _finish(
+        self,
+        request_id: str,
+        reason: FinishReason,
+        error: str | None = None,
+        embedding: NDArray[np.float32] | None = None,
+    ) -> None:
+        """Free what the sequence held, send the last chunk, tell the observer."""
+        submitted = self._responses[request_id]
         sequence = submitted.sequence
         if sequence.status is not SequenceStatus.FINISHED:
             self._scheduler.remove(sequence)
-        del self._seeds[sequence]
-        submitted.response.finish(reason, error)
-        self._observer.sequence_finished(sequence.report(reason, time.monotonic()))
+        try:
+            submitted.response.finish(reason, error, embedding)
+        except Exception:
+            logger.exception("engine.response_failed", extra={"request_id": request_id})
+            submitted.response.abandon("internal error while writing the answer")
+        self._forget(submitted, reason)
+
+    def _abandon(self, error: str, *, keep_waiting: bool = False) -> None:
+        """End every request with an error, touching neither scheduler nor cache: they may be what is broken.
+
+        With `keep_waiting` those that had not started stay, once: one of them may be the cause.
+        """
+        for submitted in list(self._responses.values()):
+            sequence = submitted.sequence
+            if keep_waiting and not sequence.has_started and sequence.num_crashes == 0:
+                sequence.num_crashes += 1
+                sequence.status = SequenceStatus.WAITING
+                continue
+            sequence.status = SequenceStatus.FINISHED
+            try:
+                submitted.response.abandon(error)
+            except Exception:  # the others must hear of it
+                logger.exception("engine.response_failed", extra={"request_id": sequence.request.request_id})
+            self._forget(submitted, FinishReason.ERROR)
+
+    def _forget(self, submitted: _Submit, reason: FinishReason) -> None:
+        sequence = submitted.sequence
+        del self._responses[sequence.request.request_id]
+        self._seeds.pop(sequence, None)
+        try:
+            self._observer.sequence_finished(sequence.report(reason, time.monotonic()))
+        except Exception:  # who counts must not stop who works
+            logger.exception("engine.observer_failed")
 
     def _deliver(self) -> None:
         """Hand this step's chunks to their event loops, one call each."""
@@ -326,9 +470,13 @@ class Engine:
 
     def _max_tokens(self, request: GenerationRequest) -> int:
         length, limit = len(request.prompt_token_ids), self.base.max_model_len
+        if request.pooling and self.embedding_size is None:
+            raise RequestRejectedError(
+                "this base does not show its hidden states", param="model", code="embeddings_unsupported"
+            )
         if length == 0:
             raise RequestRejectedError("the prompt is empty", param="prompt", code="invalid_prompt")
-        if length >= limit:
+        if length > (limit if request.pooling else limit - 1):  # an answer needs room for a token
             raise RequestRejectedError(
                 f"the prompt has {length} tokens; this model takes at most {limit} with the answer",
                 param="messages",
@@ -338,6 +486,8 @@ class Engine:
             raise RequestRejectedError(
                 f"token ids must lie in 0..{self.base.vocab_size - 1}", param="prompt", code="invalid_prompt"
             )
+        if request.pooling:
+            return 0
         for token, _ in request.sampling.logit_bias:
             if not 0 <= token < self.base.vocab_size:
                 raise RequestRejectedError(
@@ -381,6 +531,8 @@ class Engine:
             num_preemptions=self._preemptions,
             last_step_at=self._last_step_at,
             busy_since=self._busy_since,
+            num_restarts=self._num_restarts,
+            restarting=self._restarting,
             alive=not self._stop,
             error=self._error,
         )
@@ -392,6 +544,17 @@ def _decoding_stream(device: torch.device) -> AbstractContextManager[object]:
         return nullcontext()
     torch.cuda.synchronize(device)
     return torch.cuda.stream(torch.cuda.Stream(device, priority=-1))  # type: ignore[no-untyped-call]
+
+
+def _is_lost(device: torch.device) -> bool:
+    """After some CUDA errors no call of this process succeeds any more: only a new process helps."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _put_all(chunks: list[tuple[asyncio.Queue[OutputChunk], OutputChunk]]) -> None:

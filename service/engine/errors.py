@@ -5,6 +5,7 @@ EngineError
 ├── QueueFullError         too many wait already; try again after `retry_after` seconds
 ├── BaseModelError         the base model cannot be loaded as asked; stops start-up
 ├── ChatTemplateError      the base's chat template refuses these messages
+├── EmbeddingFailedError   the engine gave up on a prompt it had accepted
 ├── GrammarError           what the answer shall follow cannot be followed
 │   ├── InvalidGrammarError         malformed, unsupported or too complex
 │   └── GrammarsUnavailableError    this base's tokenizer cannot be used with grammars
@@ -45,6 +46,12 @@ class EngineDeadError(EngineError):
     """The engine's thread has ended, or is ending."""
 
     code = "engine_unavailable"
+
+
+class EmbeddingFailedError(EngineError):
+    """The engine gave up on a prompt it had accepted; the message says why."""
+
+    code = "embedding_failed"
 
 
 class BaseModelError(EngineError):

@@ -110,6 +110,11 @@ class KvCache:
         self._free_slabs = list(range(self.num_slabs - 1, -1, -1))
         self._slabs: dict[int, _Slab] = {}
 
+    def close(self) -> None:
+        """Give the memory back."""
+        self._stacks.clear()
+        self.layers.clear()
+
     def row_for(self, num_tokens: int) -> int:
         """The capacity of the row in which a sequence of `num_tokens` lives."""
         return self.classes[bisect_left(self.classes, num_tokens)]

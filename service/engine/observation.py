@@ -21,7 +21,8 @@ class EngineStats:
     """A consistent picture of the engine between two steps. Times are `time.monotonic()`.
 
     `resident` lists what is *loaded* by tier ("device", "host"), not what is running; `slots` the room there.
-    `busy_since` is when the engine last went from idle to working; None while idle.
+    `busy_since` is when the engine last went from having nothing to compute to working; None while it has nothing.
+    `restarting` lasts from a crash until a forward has succeeded again.
     """
 
     num_running: int
@@ -34,5 +35,7 @@ class EngineStats:
     num_preemptions: int
     last_step_at: float | None
     busy_since: float | None
+    num_restarts: int
+    restarting: bool
     alive: bool
     error: str | None

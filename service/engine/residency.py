@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from adapters.errors import NoFreeSlotError
 from adapters.slots import AdapterSlots
 from service.engine.kv_cache import KvCache, KvCacheFullError, Row
@@ -13,10 +15,14 @@ from service.engine.sequence import Sequence
 
 @dataclass
 class Place:
-    """Where one running sequence is. `slot` is None for the base."""
+    """Where one running sequence is. `slot` is None for the base.
+
+    `hidden_sum` is [hidden], over the prompt tokens computed so far; only of a sequence that pools.
+    """
 
     row: Row
     slot: int | None
+    hidden_sum: torch.Tensor | None = None
 
 
 class Residency:
@@ -65,6 +71,12 @@ class Residency:
         self.cache.free(place.row)
         if sequence.request.adapter is not None:
             self.slots.release(sequence.request.adapter)
+
+    def close(self) -> None:
+        """Give the memory back, whoever still refers to this. Nothing can be computed with it any more."""
+        self._places.clear()
+        self.cache.close()
+        self.slots.close()
 
     def check_integrity(self, running: list[Sequence]) -> None:
         """When idle nothing may be held; a leak is our own bug."""

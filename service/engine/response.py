@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from service.engine.base_model import BaseModel
 from service.engine.detokenizer import Detokenizer, TokenBytes
 from service.engine.sampler import Sampled
@@ -52,12 +55,21 @@ class Response:
             self._send(None)
         return None
 
-    def finish(self, reason: FinishReason, error: str | None = None) -> None:
+    def finish(
+        self, reason: FinishReason, error: str | None = None, embedding: NDArray[np.float32] | None = None
+    ) -> None:
         """Send the last chunk with all that was held back."""
         self._pending_text += self._text.flush()
-        self._send(reason, error)
+        self._send(reason, error, embedding)
 
-    def _send(self, reason: FinishReason | None, error: str | None = None) -> None:
+    def abandon(self, error: str) -> None:
+        """Send a last chunk that says so and nothing else: what was held back may be what went wrong."""
+        self._pending_text, self._pending_ids, self._pending_logprobs = "", [], []
+        self._send(FinishReason.ERROR, error)
+
+    def _send(
+        self, reason: FinishReason | None, error: str | None = None, embedding: NDArray[np.float32] | None = None
+    ) -> None:
         wants_logprobs = self._request.sampling.logprobs is not None
         chunk = OutputChunk(
             text=self._pending_text,
@@ -67,6 +79,7 @@ class Response:
             num_prompt_tokens=len(self._request.prompt_token_ids),
             num_output_tokens=self._num_tokens,
             error=error,
+            embedding=embedding,
         )
         self._pending_text, self._pending_ids, self._pending_logprobs = "", [], []
         self._on_chunk(chunk)

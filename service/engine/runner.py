@@ -11,6 +11,7 @@ from service.engine.attention import ShapeProbe, attending
 from service.engine.base_model import BaseModel
 from service.engine.kernel_forward import KernelForward
 from service.engine.kv_cache import LayerShape, Row
+from service.engine.pooling import add_chunk, watching
 from service.engine.residency import Residency
 from service.engine.sampler import Sampled, Sampler
 from service.engine.scheduler import Plan, Work
@@ -46,15 +47,29 @@ class Runner:
         """
         decodes = sorted(plan.decodes, key=self._decode_order)
         works = plan.prefills + decodes
-        if self._kernels is not None:
-            logits = self._kernels.logits(plan.prefills, decodes)
-        else:
-            logits = self._forward(works, decodes)
+        with watching() as hidden:
+            if self._kernels is not None:
+                logits = self._kernels.logits(plan.prefills, decodes)
+            else:
+                logits = self._forward(works, decodes)
+        if hidden.last is not None:
+            self._pool(plan.prefills, hidden.last)
         sampling = [work.sequence for work in works if work.samples]
         if not sampling:
             return []
         tokens = self._sampler.sample(logits, sampling, [seeds[s] for s in sampling])
         return list(zip(sampling, tokens, strict=True))
+
+    def _pool(self, prefills: Many[Work], hidden: torch.Tensor) -> None:
+        """Add the chunks of those that pool to their sums; hidden: [tokens of the step, hidden]."""
+        start = 0
+        for work in prefills:
+            stop = start + work.num_tokens
+            if work.sequence.needs_all_hidden:
+                place = self._residency[work.sequence]
+                with torch.inference_mode():
+                    place.hidden_sum = add_chunk(place.hidden_sum, hidden[start:stop])
+            start = stop
 
     def _forward(self, works: Many[Work], decodes: Many[Work]) -> torch.Tensor:
         """Logits of the last token of every work that samples: [rows, vocabulary]."""

@@ -167,7 +167,7 @@ class Scheduler:
         length = min(left, self.prefill_chunk)
         if length > budget:
             return 0
-        samples = length == left and not sequence.output_token_ids
+        samples = length == left and not sequence.output_token_ids and not sequence.needs_all_hidden
         plan.prefills.append(Work(sequence, length, True, samples))
         return length
 

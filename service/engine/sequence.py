@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from itertools import pairwise
 
+import numpy as np
+from numpy.typing import NDArray
+
 from service.engine.grammar import Grammar, Matcher
 
 
@@ -58,7 +61,10 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt to continue. `adapter` is a content digest; None asks the base."""
+    """One prompt to continue. `adapter` is a content digest; None asks the base.
+
+    With `pooling` nothing is generated: the prompt is only computed, and the last chunk carries its embedding.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -66,6 +72,7 @@ class GenerationRequest:
     tenant: str
     adapter: str | None = None
     priority: int = 0
+    pooling: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class OutputChunk:
-    """What became final since the last chunk. Only the last one carries a `finish_reason`."""
+    """What became final since the last chunk. Only the last one carries a `finish_reason`.
+
+    `embedding` is [hidden], of length one, in the only chunk of a pooling request.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -90,6 +100,7 @@ class OutputChunk:
     num_prompt_tokens: int
     num_output_tokens: int
     error: str | None = None
+    embedding: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -134,11 +145,21 @@ class Sequence:
     num_preemptions: int = 0
     first_scheduled: float | None = None
     token_times: list[float] = field(default_factory=list)
+    num_crashes: int = 0
     matcher: Matcher | None = field(init=False)
 
     def __post_init__(self) -> None:
         sampling = self.request.sampling
         self.matcher = None if sampling.grammar is None else sampling.grammar.start(sampling.ignore_eos)
+
+    @property
+    def needs_all_hidden(self) -> bool:
+        """It pools the hidden states of its whole prompt: it samples nothing, and may not start from cached tokens."""
+        return self.request.pooling
+
+    @property
+    def has_started(self) -> bool:
+        return self.first_scheduled is not None
 
     @property
     def num_prompt_tokens(self) -> int:

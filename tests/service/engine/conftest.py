@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from adapters.errors import AdapterNotFoundError
 from adapters.peft_format import LoraSpec, LoraWeights
@@ -66,17 +68,25 @@ class Rig:
         return self.adapters[name]
 
     def request(
-        self, prompt: list[int], adapter: str | None = None, tenant: str = "t", **sampling: Any
+        self,
+        prompt: list[int],
+        adapter: str | None = None,
+        tenant: str = "t",
+        pooling: bool = False,
+        **sampling: Any,
     ) -> GenerationRequest:
         self._count += 1
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": 16, "ignore_eos": True, **sampling})
-        return GenerationRequest(f"r{self._count}", tuple(prompt), params, tenant, adapter)
+        return GenerationRequest(f"r{self._count}", tuple(prompt), params, tenant, adapter, pooling=pooling)
 
     async def ask(self, prompt: list[int], adapter: str | None = None, **sampling: Any) -> list[OutputChunk]:
         return [chunk async for chunk in self.engine.generate(self.request(prompt, adapter, **sampling))]
 
     async def tokens(self, prompt: list[int], adapter: str | None = None, **sampling: Any) -> list[int]:
         return [token for chunk in await self.ask(prompt, adapter, **sampling) for token in chunk.token_ids]
+
+    async def embed(self, prompt: list[int], adapter: str | None = None, tenant: str = "t") -> NDArray[np.float32]:
+        return await self.engine.embed(self.request(prompt, adapter, tenant, pooling=True))
 
 
 @pytest.fixture(scope="session")
