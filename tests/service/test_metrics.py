@@ -29,6 +29,7 @@ CONTRACT = {
     "rootstock_adapter_verify_failures_total": ("counter", {"reason"}),
     "rootstock_jobs_total": ("counter", {"state"}),
     "rootstock_job_fenced_writes_total": ("counter", set()),
+    "rootstock_engine_restarts_total": ("counter", set()),
     "rootstock_tenant_label_overflow_total": ("counter", set()),
     "rootstock_tenant_requests_total": ("counter", {"tenant"}),
     "rootstock_requests_running": ("gauge", set()),
