@@ -46,6 +46,7 @@ class EngineDeadError(EngineError):
     """The engine's thread has ended, or is ending."""
 
     code = "engine_unavailable"
+    retry_after = 5.0
 
 
 class EmbeddingFailedError(EngineError):
