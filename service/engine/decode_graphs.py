@@ -119,10 +119,10 @@ class DecodeGraphs:
 
     def run(self, rows: Sequence[DecodeRow]) -> torch.Tensor:
         """Logits: [rows, vocabulary], overwritten by the next call. Rows of one slot should be neighbours."""
-        self._drop_stale()
         size = self._sizes[bisect_left(self._sizes, len(rows))]
         with_adapters = any(row.slot is not None for row in rows)
-        self._inputs.fill(rows)
+        self._inputs.fill(rows)  # waits until the step before is done, so nothing dropped is still running
+        self._drop_stale()
         recording = self._recordings.get((size, with_adapters))
         if recording is None:
             recording = self._recordings[(size, with_adapters)] = self._recorded(size, with_adapters)

@@ -158,8 +158,8 @@ async def test_the_kernels_give_the_plain_runners_tokens(
 ) -> None:
     """With padded steps as they are recorded, and with steps of prompts and decode rows mixed."""
     interpreted = make_rig(base, Kernels(TritonDecoding(), add_lora), record)
-    questions: list[tuple[list[int], str | None]] = [([5, 9, 11], "narrow"), ([7] * 18, "wide"), ([40, 41], None)]
-    assert await crowd(interpreted, questions, max_tokens=3) == await crowd(rig, questions, max_tokens=3)
+    questions: list[tuple[list[int], str | None]] = [([5, 9, 11], "narrow"), ([7] * 18, "wide"), ([40], None)]
+    assert await crowd(interpreted, questions, max_tokens=2) == await crowd(rig, questions, max_tokens=2)
 
 
 def test_the_cpu_and_a_machine_where_triton_fails_use_the_runners_own_forward(
