@@ -6,7 +6,8 @@ Each linear layer of the base (siblings such as q/k/v fused) is a `BatchedLoraLi
 depends on the routing of the *calling thread*, so serving and training use the same modules at once and no
 global state is switched. Punica's S-LoRA (arXiv 2310.18547, 2311.03285) is the model of the slot tables.
 
-Row invariance: what a row gets never depends on who else is in the batch (see `_add_run`). Knows no files.
+Row invariance: what a row gets never depends on who else is in the batch. A prefill chunk is multiplied whole, for
+itself; single rows go to a kernel that treats each row alone, or to batched products (see `_add_run`). Knows no files.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
+from adapters import jit
+from adapters.lora_cpu import add_rows
 from adapters.peft_format import LoraPair
 
 
@@ -81,6 +85,9 @@ class SlotTable:
             span = (site.spans[parts[0]][0], site.spans[parts[-1]][1])
             b = torch.zeros(num_slots, len(parts), r, width, dtype=dtype, device=device)
             self.banks.append(Bank(range(parts[0], parts[-1] + 1), span, b))
+        if device.type == "cpu" and dtype in jit.DTYPES:  # the same memory, as the CPU kernel takes it
+            self.a_array, self.rank_array = jit.array(self.a), self.ranks.numpy()
+            self.bank_arrays = [jit.array(bank.b) for bank in self.banks]
 
     def load(self, slot: int, modules: Mapping[str, LoraPair]) -> None:
         """Fill a slot; parts without a pair become zero."""
@@ -96,6 +103,7 @@ class SlotTable:
 
     def copy_from(self, other: SlotTable) -> None:
         """Take over all slots of a table of smaller rank."""
+        self.ranks[:] = other.ranks
         for part in range(len(self._names)):
             rows = other.a[:, part * other.r : (part + 1) * other.r]
             self.a[:, part * self.r : part * self.r + other.r].copy_(rows)
@@ -176,20 +184,77 @@ def graft(
 
 
 @dataclass(frozen=True)
-class Run:
-    """Consecutive rows of a batch that one batched product serves: equally many rows for each of these slots.
+class Chunk:
+    """Rows [start, stop) of a batch are one sequence's prefill chunk, with an adapter."""
 
-    `chunk` marks the rows of one sequence's prefill chunk, which are always multiplied together.
+    start: int
+    stop: int
+    slot: int
+
+
+class RowSlots:
+    """The slots of consecutive single rows, from row `start` of a batch on; None is no adapter."""
+
+    def __init__(self, slots: Sequence[int | None], start: int = 0) -> None:
+        self.slots = slots
+        self.start = start
+        #: int32 [rows], -1 for None
+        self.indices = np.array([-1 if slot is None else slot for slot in slots], dtype=np.int32)
+        self.any = bool((self.indices >= 0).any())
+        self._runs: list[Run] | None = None
+
+    @property
+    def runs(self) -> list[Run]:
+        if self._runs is None:
+            self._runs = plan_rows(self.slots)
+        return self._runs
+
+
+@dataclass(frozen=True)
+class SlotRouting:
+    """Serving: which slots the rows of this step use. The output head sees other rows than the layers do.
+
+    `tables` lacks a site that no resident adapter touches.
     """
+
+    tables: Mapping[BatchedLoraLinear, SlotTable]
+    chunks: Sequence[Chunk]
+    rows: RowSlots
+    head: RowSlots
+
+    def apply(self, site: BatchedLoraLinear, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Add the adapters in place; x: [..., tokens, in], y: [..., tokens, out]."""
+        table = self.tables.get(site)
+        chunks, rows = ((), self.head) if site.is_head else (self.chunks, self.rows)
+        if table is None or not (chunks or rows.any):
+            return y
+        x, y_rows = x.reshape(-1, x.shape[-1]).to(table.a.dtype), y.view(-1, y.shape[-1])
+        for chunk in chunks:
+            span = slice(chunk.start, chunk.stop)
+            _add_products(range(chunk.slot, chunk.slot + 1), table, x[span], y_rows[span])
+        if rows.any:
+            _add_rows(table, rows, x[rows.start :], y_rows[rows.start :])
+        return y
+
+
+def _add_rows(table: SlotTable, rows: RowSlots, x: torch.Tensor, y: torch.Tensor) -> None:
+    """y: [rows, out] += (x A) B, each row with its own slot; x: [rows, in]."""
+    if y.device.type != "cpu" or y.dtype != table.a.dtype or y.dtype not in jit.DTYPES:
+        for run in rows.runs:
+            _add_run(run, table, x[run.start : run.stop], y[run.start : run.stop])
+        return
+    xs, ys = jit.array(x.contiguous()), jit.array(y)
+    for bank, b in zip(table.banks, table.bank_arrays, strict=True):
+        add_rows(xs, ys, rows.indices, table.rank_array, table.a_array, b, bank.parts[0], bank.span[0])
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive rows that one batched product serves: equally many rows for each of these slots."""
 
     start: int
     stop: int
     slots: range
-    chunk: bool = False
-
-    def shifted(self, rows: int) -> Run:
-        """The same run, `rows` further down the batch."""
-        return Run(self.start + rows, self.stop + rows, self.slots, self.chunk)
 
 
 def plan_rows(slots: Sequence[int | None]) -> list[Run]:
@@ -209,47 +274,24 @@ def plan_rows(slots: Sequence[int | None]) -> list[Run]:
     return runs
 
 
-@dataclass(frozen=True)
-class SlotRouting:
-    """Serving: which slots the rows of this step use. The output head sees other rows than the layers do.
-
-    `tables` lacks a site that no resident adapter touches.
-    """
-
-    tables: Mapping[BatchedLoraLinear, SlotTable]
-    body: Sequence[Run]
-    head: Sequence[Run]
-
-    def apply(self, site: BatchedLoraLinear, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Add the adapters in place; x: [..., tokens, in], y: [..., tokens, out]."""
-        runs = self.head if site.is_head else self.body
-        table = self.tables.get(site)
-        if table is None or not runs:
-            return y
-        x, y_rows = x.reshape(-1, x.shape[-1]).to(table.a.dtype), y.view(-1, y.shape[-1])
-        for run in runs:
-            _add_run(run, table, x[run.start : run.stop], y_rows[run.start : run.stop])
-        return y
-
-
 def _add_run(run: Run, table: SlotTable, x: torch.Tensor, y: torch.Tensor) -> None:
     """y: [rows, out] += (x A) B for the rows of one run; x: [rows, in].
 
     With bfloat16 a row's result does not depend on how many rows are multiplied together. With float32 on CPU it
-    does, so there decode rows are multiplied one by one, side by side for different slots.
+    does, so there rows are multiplied one by one, side by side for different slots.
     """
     num_slots = len(run.slots)
     per_slot = x.shape[0] // num_slots
-    if run.chunk or per_slot == 1 or x.dtype == torch.bfloat16 or x.device.type != "cpu":
-        _add_rows(run.slots, table, x, y)
+    if per_slot == 1 or x.dtype == torch.bfloat16 or x.device.type != "cpu":
+        _add_products(run.slots, table, x, y)
     elif num_slots == 1:
-        _add_rows(run.slots, table, x, y, one_by_one=True)
+        _add_products(run.slots, table, x, y, one_by_one=True)
     else:
         for row in range(per_slot):
-            _add_rows(run.slots, table, x[row::per_slot], y[row::per_slot])
+            _add_products(run.slots, table, x[row::per_slot], y[row::per_slot])
 
 
-def _add_rows(slots: range, table: SlotTable, x: torch.Tensor, y: torch.Tensor, one_by_one: bool = False) -> None:
+def _add_products(slots: range, table: SlotTable, x: torch.Tensor, y: torch.Tensor, one_by_one: bool = False) -> None:
     """The products, equally many rows for each slot; `one_by_one` repeats a single slot for each row."""
     used = slice(slots[0], slots[-1] + 1)
     a, num_slots, r = table.a[used], len(slots), table.r

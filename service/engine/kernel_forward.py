@@ -130,7 +130,7 @@ class KernelForward:
         prefill = decode = None
         if chunks:
             rows_before, positions_before = rows[:decode_start], positions[:decode_start]
-            prefill = StepAttention(cache, chunks, decode_start, [], None, None, rows_before, positions_before)
+            prefill = StepAttention(cache, chunks, decode_start, rows_before, positions_before)
         if decode_start < len(rows):
             decode = DecodeRows.of(rows[decode_start:], positions[decode_start:], cache.slab_tokens, self._base.device)
         return DecodeAttention(cache.layers, self._kernels.decoding, decode, prefill, decode_start)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from adapters import jit
+
 _SMALLEST_ROW = 64
 
 
@@ -52,6 +54,11 @@ class LayerBuffer:
     keys: torch.Tensor  # [num_slabs * slab_tokens * num_kv_heads, key_dim]
     values: torch.Tensor  # [num_slabs * slab_tokens * num_kv_heads, value_dim]
     num_kv_heads: int
+
+    def __post_init__(self) -> None:
+        if self.keys.device.type == "cpu" and self.keys.dtype in jit.DTYPES:  # the same memory, for the CPU kernel
+            self.key_array = jit.array(self.keys)
+            self.value_array = jit.array(self.values)
 
 
 @dataclass
@@ -170,9 +177,12 @@ class KvCache:
         length = (stop - first.index) * first.capacity * num_kv_heads
         return buffer[start : start + length].view(-1, first.capacity, buffer.shape[-1])
 
+    def first_token(self, row: Row) -> int:
+        """How many tokens' places lie before the row; its first line in a layer's buffer is kv_heads times that."""
+        return row.slab * self.slab_tokens + row.index * row.capacity
+
     def _line(self, row: Row, num_kv_heads: int) -> int:
-        """The row's first line in a layer's buffer."""
-        return (row.slab * self.slab_tokens + row.index * row.capacity) * num_kv_heads
+        return self.first_token(row) * num_kv_heads
 
     def destinations(self, rows: Sequence[Row], positions: Sequence[int], num_kv_heads: int) -> torch.Tensor:
         """Buffer lines for tokens at (row, position): [tokens * num_kv_heads], head by head within a token."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence as Many
 
 import torch
 
-from adapters.lora import Run, SlotRouting, plan_rows, routing
+from adapters.lora import Chunk, RowSlots, SlotRouting, routing
 from service.engine.attention import ShapeProbe, attending
 from service.engine.base_model import BaseModel
 from service.engine.kernel_forward import KernelForward
@@ -16,7 +16,7 @@ from service.engine.residency import Residency
 from service.engine.sampler import Sampled, Sampler
 from service.engine.scheduler import Plan, Work
 from service.engine.sequence import Sequence
-from service.engine.step_attention import DecodeRun, PrefillChunk, StepAttention
+from service.engine.step_attention import PrefillChunk, StepAttention
 
 
 def probe_layers(base: BaseModel) -> list[LayerShape]:
@@ -77,7 +77,7 @@ class Runner:
         positions: list[int] = []
         rows: list[Row] = []
         chunks: list[PrefillChunk] = []
-        body: list[Run] = []
+        adapted: list[Chunk] = []
         last: list[int] = []
         head: list[int | None] = []
         for work in works:
@@ -90,14 +90,14 @@ class Runner:
             if work.is_prefill:
                 chunks.append(PrefillChunk(start, len(tokens), place.row, first))
                 if place.slot is not None:
-                    body.append(Run(start, len(tokens), range(place.slot, place.slot + 1), chunk=True))
+                    adapted.append(Chunk(start, len(tokens), place.slot))
             if work.samples:
                 last.append(len(tokens) - 1)
                 head.append(place.slot)
         decode_start = len(tokens) - len(decodes)
-        body += [r.shifted(decode_start) for r in plan_rows([self._residency[w.sequence].slot for w in decodes])]
-        attention = self._attention(chunks, decodes, decode_start, rows, positions)
-        route = SlotRouting(self._residency.slots.tables, body, plan_rows(head))
+        attention = StepAttention(self._residency.cache, chunks, decode_start, rows, positions)
+        decoding = RowSlots([self._residency[w.sequence].slot for w in decodes], decode_start)
+        route = SlotRouting(self._residency.slots.tables, adapted, decoding, RowSlots(head))
         with torch.inference_mode(), attending(attention), routing(route):
             device = self._base.device
             output = self._base.model(
@@ -109,46 +109,6 @@ class Runner:
         logits: torch.Tensor = output.logits[0]
         return logits
 
-    def _attention(
-        self,
-        chunks: list[PrefillChunk],
-        decodes: Many[Work],
-        decode_start: int,
-        rows: list[Row],
-        positions: list[int],
-    ) -> StepAttention:
-        """Group decode rows that are neighbours in the cache into runs."""
-        by_row = sorted(range(len(decodes)), key=lambda i: rows[decode_start + i].order)
-        runs: list[tuple[Row, list[int]]] = []  # first row, visible lengths
-        for index in by_row:
-            row, length = rows[decode_start + index], positions[decode_start + index] + 1
-            if runs and _follows(row, *runs[-1]):
-                runs[-1][1].append(length)
-            else:
-                runs.append((row, [length]))
-        order = inverse = None
-        if by_row != list(range(len(decodes))):
-            order = torch.tensor(by_row, device=self._base.device)
-            inverse = torch.argsort(order)
-        return StepAttention(
-            cache=self._residency.cache,
-            prefills=chunks,
-            decode_start=decode_start,
-            runs=[
-                DecodeRun(first, len(lengths), torch.tensor(lengths, device=self._base.device))
-                for first, lengths in runs
-            ],
-            order=order,
-            inverse=inverse,
-            rows=rows,
-            positions=positions,
-        )
-
     def _decode_order(self, work: Work) -> tuple[int, tuple[int, int, int]]:
         place = self._residency[work.sequence]
         return (-1 if place.slot is None else place.slot, place.row.order)
-
-
-def _follows(row: Row, first: Row, lengths: list[int]) -> bool:
-    same_slab = row.slab == first.slab and row.capacity == first.capacity
-    return same_slab and row.index == first.index + len(lengths)

@@ -1,18 +1,22 @@
 """Attention of one engine step over the slab cache. Knows rows and positions, not sequences or models.
 
-Row invariance: each decode row is its own [group, head_dim] x [head_dim, capacity] product inside a batched
-matmul, and each prefill chunk attends alone. SDPA is not used for decoding: its CPU kernel splits keys by the
-number of rows, so a row's bits would depend on the crowd, and with bf16 it is five times slower here.
+Row invariance: each decode row is computed alone, each prefill chunk attends alone. On CPU a compiled kernel decodes;
+elsewhere each row is its own [group, head_dim] x [head_dim, capacity] product inside a batched matmul. SDPA is not used
+for decoding: its CPU kernel splits keys by the number of rows, so a row's bits would depend on the crowd.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from adapters import jit
+from service.engine.attention_cpu import decode_rows
 from service.engine.kv_cache import KvCache, Row
 
 
@@ -38,24 +42,31 @@ class DecodeRun:
     lengths: torch.Tensor
 
 
+@dataclass(frozen=True)
+class DecodeRuns:
+    """`order` sorts the decode tokens into the order of the runs, `inverse` puts them back; None where they agree."""
+
+    runs: Sequence[DecodeRun]
+    order: torch.Tensor | None
+    inverse: torch.Tensor | None
+
+
 @dataclass
 class StepAttention:
-    """One engine step: prefill chunks first, then decode tokens from `decode_start` on.
+    """One engine step: prefill chunks first, then one token per decoding sequence from `decode_start` on.
 
-    `order` sorts the decode tokens into the order of `runs`, `inverse` puts them back; None where they agree.
+    `rows` and `positions` hold each token's place. `compiled`: take the CPU kernel where there is one.
     """
 
     cache: KvCache
     prefills: Sequence[PrefillChunk]
     decode_start: int
-    runs: Sequence[DecodeRun]
-    order: torch.Tensor | None
-    inverse: torch.Tensor | None
     rows: Sequence[Row]
     positions: Sequence[int]
+    compiled: bool = True
 
     def __post_init__(self) -> None:
-        self._lines: dict[int, torch.Tensor] = {}
+        self._lines: dict[tuple[int, int], torch.Tensor] = {}
         self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
 
     def attend(
@@ -69,19 +80,60 @@ class StepAttention:
         softcap: float | None,
     ) -> torch.Tensor:
         """q: [heads, tokens, dim], k and v: [kv_heads, tokens, dim] -> [tokens, heads, value_dim]."""
-        buffer = self.cache.layers[layer]
-        lines = self._destinations(buffer.num_kv_heads)
-        buffer.keys.index_copy_(0, lines, k.transpose(0, 1).reshape(-1, k.shape[-1]))
-        buffer.values.index_copy_(0, lines, v.transpose(0, 1).reshape(-1, v.shape[-1]))
+        compiled = self.compiled and q.device.type == "cpu" and q.dtype in jit.DTYPES
+        start = self.decode_start
+        self._store(layer, k, v, start if compiled else q.shape[1])
         outputs = [self._prefill(layer, chunk, q, scale, window, softcap) for chunk in self.prefills]
-        if self.runs:
-            outputs.append(self._decode(layer, q[:, self.decode_start :], scale, window, softcap))
+        if start < q.shape[1]:
+            if compiled:
+                outputs.append(self._decode_compiled(layer, q, k, v, scale, window, softcap))
+            else:
+                outputs.append(self._decode(layer, q[:, start:], scale, window, softcap))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _destinations(self, num_kv_heads: int) -> torch.Tensor:
-        if num_kv_heads not in self._lines:
-            self._lines[num_kv_heads] = self.cache.destinations(self.rows, self.positions, num_kv_heads)
-        return self._lines[num_kv_heads]
+    def _store(self, layer: int, k: torch.Tensor, v: torch.Tensor, stop: int) -> None:
+        """Write the keys and values of the first `stop` tokens."""
+        if not stop:
+            return
+        buffer = self.cache.layers[layer]
+        key = (buffer.num_kv_heads, stop)
+        if key not in self._lines:
+            self._lines[key] = self.cache.destinations(self.rows[:stop], self.positions[:stop], buffer.num_kv_heads)
+        buffer.keys.index_copy_(0, self._lines[key], k[:, :stop].transpose(0, 1).reshape(-1, k.shape[-1]))
+        buffer.values.index_copy_(0, self._lines[key], v[:, :stop].transpose(0, 1).reshape(-1, v.shape[-1]))
+
+    def _decode_compiled(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        buffer = self.cache.layers[layer]
+        rows = [jit.array(x[:, self.decode_start :].transpose(0, 1).contiguous()) for x in (q, k, v)]
+        out = q.new_empty(q.shape[1] - self.decode_start, q.shape[0], v.shape[-1])
+        decode_rows(
+            *rows,
+            buffer.key_array,
+            buffer.value_array,
+            *self._places,
+            jit.array(out),
+            scale,
+            window or 0,
+            softcap or 0.0,
+        )
+        return out
+
+    @cached_property
+    def _places(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """First token slot, capacity and number of visible tokens of each decode row."""
+        rows, positions = self.rows[self.decode_start :], self.positions[self.decode_start :]
+        starts = np.array([self.cache.first_token(row) for row in rows], dtype=np.int64)
+        capacities = np.array([row.capacity for row in rows], dtype=np.int64)
+        return starts, capacities, np.array(positions, dtype=np.int64) + 1
 
     def _prefill(
         self,
@@ -121,13 +173,15 @@ class StepAttention:
     def _decode(
         self, layer: int, q: torch.Tensor, scale: float, window: int | None, softcap: float | None
     ) -> torch.Tensor:
+        """The same in batched products, one per run of neighbouring cache rows."""
         buffer = self.cache.layers[layer]
+        plan = self._runs
         heads = q.transpose(0, 1)  # [rows, heads, dim]
-        if self.order is not None:
-            heads = heads.index_select(0, self.order)
+        if plan.order is not None:
+            heads = heads.index_select(0, plan.order)
         outputs, start = [], 0
         group = q.shape[0] // buffer.num_kv_heads
-        for index, run in enumerate(self.runs):
+        for index, run in enumerate(plan.runs):
             stop = run.first.index + run.num_rows
             keys = self.cache.rows(buffer.keys, buffer.num_kv_heads, run.first, stop)
             values = self.cache.rows(buffer.values, buffer.num_kv_heads, run.first, stop)
@@ -142,7 +196,25 @@ class StepAttention:
             outputs.append(torch.bmm(weights, values).view(run.num_rows, -1, values.shape[-1]))
             start += run.num_rows
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return out if self.inverse is None else out.index_select(0, self.inverse)
+        return out if plan.inverse is None else out.index_select(0, plan.inverse)
+
+    @cached_property
+    def _runs(self) -> DecodeRuns:
+        """Group decode rows that are neighbours in the cache."""
+        rows, positions = self.rows[self.decode_start :], self.positions[self.decode_start :]
+        by_row = sorted(range(len(rows)), key=lambda i: rows[i].order)
+        groups: list[tuple[Row, list[int]]] = []  # first row, visible lengths
+        for index in by_row:
+            if groups and _follows(rows[index], *groups[-1]):
+                groups[-1][1].append(positions[index] + 1)
+            else:
+                groups.append((rows[index], [positions[index] + 1]))
+        device = self.cache.device
+        runs = [DecodeRun(first, len(lengths), torch.tensor(lengths, device=device)) for first, lengths in groups]
+        if by_row == list(range(len(rows))):
+            return DecodeRuns(runs, None, None)
+        order = torch.tensor(by_row, device=device)
+        return DecodeRuns(runs, order, torch.argsort(order))
 
     def _mask(
         self, index: int, run: DecodeRun, num_kv_heads: int, window: int | None, dtype: torch.dtype
@@ -158,6 +230,11 @@ class StepAttention:
             found = mask.repeat_interleave(num_kv_heads, dim=0).unsqueeze(1)
             self._masks[(index, num_kv_heads, window)] = found
         return found
+
+
+def _follows(row: Row, first: Row, lengths: list[int]) -> bool:
+    same_slab = row.slab == first.slab and row.capacity == first.capacity
+    return same_slab and row.index == first.index + len(lengths)
 
 
 def softcapped(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from adapters.errors import AdapterFormatError, NoFreeSlotError
-from adapters.lora import BatchedLoraLinear, LoraPart, SlotRouting, plan_rows, routing
+from adapters.lora import BatchedLoraLinear, LoraPart, RowSlots, SlotRouting, plan_rows, routing
 from adapters.peft_format import BaseSignature, LinearShape, LoraSpec, LoraWeights
 from adapters.slots import AdapterSlots, HostCache
 from tests.adapters.loras import random_lora
@@ -63,7 +63,7 @@ class Fixture:
         self.weights[digest] = random_lora(BASE, seed=seed, spec=LoraSpec(**{"r": 8, **spec}))  # type: ignore[arg-type]
 
     def route(self, slots: list[int | None]) -> SlotRouting:
-        return SlotRouting(self.slots.tables, plan_rows(slots), [])
+        return SlotRouting(self.slots.tables, (), RowSlots(slots), RowSlots([]))
 
     def acquire(self, digest: str) -> int:
         """As the engine does it: ask, sleep until something arrived, ask again."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
 
 from service.engine.decode_attention import DecodeAttention, DecodeKernels, DecodeRows
 from service.engine.kv_cache import KvCache, LayerShape, Row
-from service.engine.step_attention import DecodeRun, StepAttention
+from service.engine.step_attention import StepAttention
 
 SCALE = 0.3
 LENGTHS = [1, 64, 65, 290]
@@ -46,6 +47,7 @@ class Rows:
         self.cache = KvCache([layer], max_bytes=3 << 19, max_model_len=320, dtype=dtype, device=device)
         for buffer in (self.cache.layers[0].keys, self.cache.layers[0].values):
             buffer.copy_(torch.randn(buffer.shape))
+        self.lengths = list(LENGTHS)
         self.rows = [self.cache.allocate(length) for length in LENGTHS]
 
         def random(heads: int, dim: int) -> torch.Tensor:
@@ -54,14 +56,17 @@ class Rows:
         self.q = random(shape.heads, shape.key_dim)
         self.k, self.v = random(shape.kv_heads, shape.key_dim), random(shape.kv_heads, shape.value_dim)
 
-    def reference(self) -> torch.Tensor:
-        """By the matrix products that the CPU uses."""
-        positions = [length - 1 for length in LENGTHS]
-        runs = [
-            DecodeRun(row, 1, torch.tensor([length], device=self.device))
-            for row, length in zip(self.rows, LENGTHS, strict=True)
-        ]
-        step = StepAttention(self.cache, [], 0, runs, None, None, self.rows, positions)
+    def only(self, chosen: list[int]) -> Rows:
+        """Some of the rows, in the same cache."""
+        some = copy(self)
+        some.rows, some.lengths = [self.rows[i] for i in chosen], [self.lengths[i] for i in chosen]
+        some.q, some.k, some.v = (t[:, chosen] for t in (self.q, self.k, self.v))
+        return some
+
+    def reference(self, compiled: bool = False) -> torch.Tensor:
+        """By matrix products, or by the CPU's kernel."""
+        positions = [length - 1 for length in self.lengths]
+        step = StepAttention(self.cache, [], 0, self.rows, positions, compiled)
         return step.attend(0, self.q, self.k, self.v, SCALE, self.shape.window, self.shape.softcap)
 
     def fast(self, kernels: DecodeKernels, chosen: list[int] | None = None, pads: int = 0) -> torch.Tensor:
