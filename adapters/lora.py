@@ -103,7 +103,6 @@ class SlotTable:
 
     def copy_from(self, other: SlotTable) -> None:
         """Take over all slots of a table of smaller rank."""
-        self.ranks[:] = other.ranks
         for part in range(len(self._names)):
             rows = other.a[:, part * other.r : (part + 1) * other.r]
             self.a[:, part * self.r : part * self.r + other.r].copy_(rows)

@@ -124,6 +124,16 @@ async def test_preempted_sequences_are_replayed_to_the_same_tokens(
     assert answers == await crowd(rig, long, max_tokens=50)
 
 
+async def test_embeddings_beside_recorded_steps_are_the_plain_runners(
+    base: BaseModel, rig: Rig, make_rig: MakeRig, recorder: TapeRecorder
+) -> None:
+    recorded = make_rig(base, PLAIN, recorder)
+    prompt = [9, 8, 7] * 20
+    answer, vector = await asyncio.gather(recorded.tokens([5, 9, 11], "narrow"), recorded.embed(prompt, "wide"))
+    assert answer == await rig.tokens([5, 9, 11], "narrow")
+    torch.testing.assert_close(torch.from_numpy(vector), torch.from_numpy(await rig.embed(prompt, "wide")))
+
+
 async def test_a_model_with_biases_is_recorded_without_waiting_for_the_device(
     tiny_llama_dir: Path, tmp_path: Path, make_rig: MakeRig, recorder: TapeRecorder
 ) -> None:
