@@ -14,6 +14,7 @@ from openai import OpenAI
 from pydantic import SecretStr
 
 from adapters.store import AdapterStore
+from service.api.ops import create_ops_app
 from service.api.services import Services
 from service.app import create_app
 from service.config import Settings
@@ -21,6 +22,7 @@ from service.database import connect
 from service.engine.base_model import BaseModel, load_base_model
 from service.engine.engine import Engine, EngineConfig
 from service.engine.grammar_compiler import GrammarCompiler
+from service.health import Health
 from service.metrics import Metrics
 from tests.adapters.loras import random_lora
 from tests.service.control_fixtures import make_control
@@ -36,6 +38,7 @@ class RealService:
     """A running service; the tenant `acme` has the adapter `tuned`."""
 
     url: str
+    ops_url: str
     key: str
     base: BaseModel
     engine: Engine
@@ -43,8 +46,8 @@ class RealService:
     tuned: str
     closing: ExitStack
 
-    def client(self) -> OpenAI:
-        client = OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, _strict_response_validation=True)
+    def client(self, *, strict: bool = True) -> OpenAI:
+        client = OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, _strict_response_validation=strict)
         self.closing.callback(client.close)
         return client
 
@@ -74,6 +77,9 @@ def serve_real(base: BaseModel, directory: Path) -> Iterator[RealService]:
         adapters = {ADAPTER: random_lora(base.signature, seed=3)}
         engine = Engine(base, adapters.__getitem__, EngineConfig(kv_cache_bytes=32 << 20), metrics)
         engine.start()
+        metrics.watch_engine(engine.stats)
+        health = Health(settings.stall_seconds)
+        health.watch(engine)
         stack.callback(engine.shutdown, 0.0)
         grammars = stack.enter_context(closing(GrammarCompiler(base)))
         services = Services(
@@ -90,5 +96,6 @@ def serve_real(base: BaseModel, directory: Path) -> Iterator[RealService]:
             store=AdapterStore(str(directory / "adapters"), directory / "cache"),
         )
         tuned = control.publish(suffix="tuned", digest=ADAPTER)
-        (api_url,) = stack.enter_context(serve_apps(create_app(services)))
-        yield RealService(api_url, control.acme_key, base, engine, grammars, tuned, stack)
+        ops = create_ops_app(metrics, health)
+        api_url, ops_url = stack.enter_context(serve_apps(create_app(services), ops))
+        yield RealService(api_url, ops_url, control.acme_key, base, engine, grammars, tuned, stack)
