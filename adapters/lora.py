@@ -75,40 +75,95 @@ class SlotTable:
         self, site: BatchedLoraLinear, num_slots: int, r: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.r = r
-        self._names = [part.name for part in site.parts]
+        self._num_parts = len(site.parts)
         self.a = torch.zeros(num_slots, len(site.parts) * r, site.in_features, dtype=dtype, device=device)
         #: each slot's own rank in each part, 0 where it has none, for kernels that skip the padding
         self.ranks = torch.zeros(num_slots, len(site.parts), dtype=torch.int64, device=device)
         self.banks = []
-        for width, group in groupby(range(len(site.parts)), key=lambda index: site.parts[index].out_features):
-            parts = list(group)
+        for parts in _equally_wide(site):
             span = (site.spans[parts[0]][0], site.spans[parts[-1]][1])
+            width = site.parts[parts[0]].out_features
             b = torch.zeros(num_slots, len(parts), r, width, dtype=dtype, device=device)
-            self.banks.append(Bank(range(parts[0], parts[-1] + 1), span, b))
+            self.banks.append(Bank(parts, span, b))
         if device.type == "cpu" and dtype in jit.DTYPES:  # the same memory, as the CPU kernel takes it
             self.a_array, self.rank_array = jit.array(self.a), self.ranks.numpy()
             self.bank_arrays = [jit.array(bank.b) for bank in self.banks]
 
-    def load(self, slot: int, modules: Mapping[str, LoraPair]) -> None:
-        """Fill a slot; parts without a pair become zero."""
-        self.a[slot].zero_()
-        self.ranks[slot] = torch.tensor([modules[n].a.shape[0] if n in modules else 0 for n in self._names])
-        for bank in self.banks:
-            bank.b[slot].zero_()
-            for place, part in enumerate(bank.parts):
-                if pair := modules.get(self._names[part]):
-                    rank = pair.a.shape[0]
-                    self.a[slot, part * self.r : part * self.r + rank].copy_(pair.a)
-                    bank.b[slot, place, :rank].copy_(pair.b.T * pair.scaling)
+    def load(self, slot: int, packed: PackedLora | None) -> None:
+        """Fill a slot: a few contiguous copies. None is an adapter that leaves this site alone."""
+        if packed is None:
+            self.ranks[slot].zero_()
+            self.a[slot].zero_()
+            for bank in self.banks:
+                bank.b[slot].zero_()
+            return
+        r = packed.r
+        a = self.a[slot].view(-1, self.r, self.a.shape[-1])  # [parts, r, in]
+        self.ranks[slot].copy_(packed.ranks, non_blocking=True)
+        a[:, :r].copy_(packed.a, non_blocking=True)
+        for bank, b in zip(self.banks, packed.banks, strict=True):
+            bank.b[slot, :, :r].copy_(b, non_blocking=True)
+        if r < self.r:
+            a[:, r:].zero_()
+            for bank in self.banks:
+                bank.b[slot, :, r:].zero_()
 
     def copy_from(self, other: SlotTable) -> None:
         """Take over all slots of a table of smaller rank."""
-        for part in range(len(self._names)):
+        for part in range(self._num_parts):
             rows = other.a[:, part * other.r : (part + 1) * other.r]
             self.a[:, part * self.r : part * self.r + other.r].copy_(rows)
         self.ranks.copy_(other.ranks)
         for mine, theirs in zip(self.banks, other.banks, strict=True):
             mine.b[:, :, : other.r].copy_(theirs.b)
+
+
+@dataclass(frozen=True)
+class PackedLora:
+    """One site's share of an adapter, laid out as in a slot of rank `r`; scaling is folded into b.
+
+    a: [parts, r, in]; of each bank b: [parts, r, out]; ranks: each part's own. Made beside the engine, so that filling a slot is only copying.
+    """
+
+    r: int
+    ranks: torch.Tensor
+    a: torch.Tensor
+    banks: tuple[torch.Tensor, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.a, *self.banks))
+
+    def pinned(self) -> PackedLora:
+        """The same in memory from which a CUDA device copies without waiting."""
+        banks = tuple(b.pin_memory() for b in self.banks)
+        return PackedLora(self.r, self.ranks.pin_memory(), self.a.pin_memory(), banks)
+
+
+def pack(site: BatchedLoraLinear, modules: Mapping[str, LoraPair], r: int, dtype: torch.dtype) -> PackedLora | None:
+    """What an adapter adds to this site, for a table of rank `r` or more; None when that is nothing."""
+    pairs = [modules.get(part.name) for part in site.parts]
+    if not any(pairs):
+        return None
+    a = torch.zeros(len(pairs), r, site.in_features, dtype=dtype)
+    banks = []
+    for parts in _equally_wide(site):
+        b = torch.zeros(len(parts), r, site.parts[parts[0]].out_features, dtype=dtype)
+        for place, part in enumerate(parts):
+            if pair := pairs[part]:
+                rank = pair.a.shape[0]
+                a[part, :rank].copy_(pair.a)
+                b[place, :rank].copy_(pair.b.T * pair.scaling)
+        banks.append(b)
+    ranks = torch.tensor([pair.a.shape[0] if pair else 0 for pair in pairs])
+    return PackedLora(r, ranks, a, tuple(banks))
+
+
+def _equally_wide(site: BatchedLoraLinear) -> list[range]:
+    """Neighbouring parts of equal width."""
+    groups = groupby(range(len(site.parts)), key=lambda index: site.parts[index].out_features)
+    parts = [list(group) for _, group in groups]
+    return [range(group[0], group[-1] + 1) for group in parts]
 
 
 class BatchedLoraLinear(nn.Module):

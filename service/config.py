@@ -70,7 +70,16 @@ class Settings(BaseSettings):
     max_lora_slots: int = Field(32, ge=1, description="Adapters resident on the device at once.")
     max_lora_rank: int = Field(64, ge=1, le=1024, description="Largest adapter rank accepted.")
     max_host_adapters: int = Field(256, ge=1, description="Adapters kept in host memory, ready for a slot.")
-    max_waiting: int = Field(1024, ge=1, description="Requests that may wait before new ones get a 429.")
+    host_adapter_bytes: ByteSize = Field(
+        ByteSize(4096 * MIB), ge=MIB, description="Host memory for them, whatever their number; at least one is kept."
+    )
+    max_waiting: int = Field(
+        1024, ge=1, description="Requests that may wait; one tenant alone fills half of it, then gets a 429."
+    )
+
+    request_timeout_seconds: float | None = Field(
+        None, gt=0, description="Longest a request may wait and run; a request's own `timeout` may be shorter."
+    )
 
     cuda_graphs: bool = Field(
         True, description="Replay decode steps as CUDA graphs, recorded when first needed; without effect on CPU."

@@ -9,6 +9,7 @@
     ├── TooLargeError             the body is over its limit
     ├── RateLimitError            this tenant asks too much at once; `retry_after` seconds
     ├── UnavailableError          the service cannot answer now; `retry_after` seconds
+    ├── DeadlineExceededError     the request's own time limit has passed
     ├── GenerationFailedError     the engine gave up on a sequence it had accepted
     └── ClientDisconnectedError   the client has gone; nobody reads the answer
 
@@ -103,6 +104,12 @@ class UnavailableError(ServiceError):
         self.retry_after = retry_after
 
 
+class DeadlineExceededError(ServiceError):
+    """The answer was not finished within the request's time limit."""
+
+    code = "deadline_exceeded"
+
+
 class GenerationFailedError(ServiceError):
     """The engine gave up on a sequence that it had accepted."""
 
@@ -125,6 +132,7 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     RateLimitError: (429, "rate_limit_error"),
     ClientDisconnectedError: (499, "invalid_request_error"),
     GenerationFailedError: (500, "server_error"),
+    DeadlineExceededError: (504, "timeout_error"),
     UnavailableError: (503, "service_unavailable_error"),
     DatasetError: (400, "invalid_request_error"),
     AdapterFormatError: (400, "invalid_request_error"),
@@ -175,6 +183,8 @@ def _known(error: Exception, status: int, error_type: str) -> WireError:
     retry_after: float | None = getattr(error, "retry_after", None)
     if retry_after is not None:
         headers["retry-after"] = str(min(MAX_RETRY_AFTER_SECONDS, max(1, ceil(retry_after))))
+    if isinstance(error, DeadlineExceededError):
+        headers["x-should-retry"] = "false"  # the client asked for no longer than this
     if status == 401:
         headers["www-authenticate"] = "Bearer"
     return WireError(status, body, headers)

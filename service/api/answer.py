@@ -118,9 +118,10 @@ class Ask:
                     code="context_length_exceeded",
                 )
 
-    def requests(self) -> list[GenerationRequest]:
-        """One engine request per choice; those of the first prompt first."""
+    def requests(self, max_seconds: float | None) -> list[GenerationRequest]:
+        """One engine request per choice; those of the first prompt first. `max_seconds` is the service's own limit."""
         num_choices = self.params.num_choices
+        limits = [limit for limit in (self.params.timeout, max_seconds) if limit is not None]
         return [
             GenerationRequest(
                 request_id=f"{self.head.id}-{index}",
@@ -129,6 +130,7 @@ class Ask:
                 tenant=self.tenant.id,
                 adapter=self.model.digest,
                 priority=self.params.priority or 0,
+                timeout_seconds=min(limits, default=None),
             )
             for index in range(len(self.prompts) * num_choices)
         ]
@@ -159,7 +161,8 @@ async def answer(request: Request, services: Services, ask: Ask, shape: AnswerSh
     Sets `request.state.outcome` for the metrics where the status alone does not tell.
     """
     origin = Origin(ask.operation, request.state.trace_id)
-    generation = Generation(services.engine, services.metrics, ask.requests(), origin)
+    limit = services.settings.request_timeout_seconds
+    generation = Generation(services.engine, services.metrics, ask.requests(limit), origin)
     headers = {} if ask.model.digest is None else {"x-rootstock-adapter": ask.model.digest}
     try:
         await unless_disconnected(request, generation.start())

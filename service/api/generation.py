@@ -14,7 +14,7 @@ from fastapi import Request
 
 from service.engine.errors import EngineError
 from service.engine.sequence import FinishReason, GenerationRequest, OutputChunk
-from service.errors import ClientDisconnectedError, GenerationFailedError
+from service.errors import ClientDisconnectedError, DeadlineExceededError, GenerationFailedError
 from service.metrics import Metrics, Origin
 
 if TYPE_CHECKING:
@@ -96,6 +96,8 @@ class Generation:
 
 def _checked(item: Indexed) -> Indexed:
     chunk = item[1]
+    if chunk.finish_reason is FinishReason.TIMEOUT:
+        raise DeadlineExceededError("The answer was not finished within the request's time limit.")
     if chunk.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
         raise GenerationFailedError(f"The answer could not be finished: {chunk.error or 'it was aborted'}.")
     return item

@@ -17,6 +17,7 @@ from service.api.wire import Unsupported, WireModel, field_error
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 4
+MAX_TIMEOUT_SECONDS = 86400.0
 MAX_INT64 = 2**63 - 1
 MAX_BIASES = 300
 
@@ -86,6 +87,7 @@ class GenerationParams(WireModel):
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     ignore_eos: bool | None = None
     priority: int | None = Field(None, ge=-1000, le=1000)
+    timeout: float | None = Field(None, gt=0, le=MAX_TIMEOUT_SECONDS)
     structured_outputs: StructuredOutputs | None = None
 
     @model_validator(mode="after")

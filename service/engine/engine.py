@@ -12,11 +12,12 @@ minute, or a lost device, end the engine for good.
 from __future__ import annotations
 
 import asyncio
+import heapq
 import logging
 import secrets
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractContextManager, aclosing, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -26,8 +27,10 @@ import torch
 from numpy.typing import NDArray
 
 from adapters.errors import AdapterError
+from adapters.host_cache import HostCache
 from adapters.peft_format import LoraWeights
-from adapters.slots import AdapterSlots, HostCache
+from adapters.prepared import PreparedAdapter, prepare
+from adapters.slots import AdapterSlots
 from service.engine.base_model import BaseModel
 from service.engine.crash_limit import CrashLimit
 from service.engine.detokenizer import TokenBytes
@@ -68,6 +71,7 @@ class EngineConfig:
     max_lora_slots: int = 32
     max_lora_rank: int = 64
     max_host_adapters: int = 256
+    host_adapter_bytes: int = 4 << 30
     max_waiting: int = 1024
     cuda_graphs: bool = True
 
@@ -104,7 +108,13 @@ class Engine:
         self.base = base
         self.config = config
         self._observer = observer
-        self._host = HostCache(source, config.max_host_adapters, observer, self._wake)
+        self._host = HostCache(
+            _preparing(source, base),
+            capacity=config.max_host_adapters,
+            max_bytes=config.host_adapter_bytes,
+            observer=observer,
+            on_ready=self._wake,
+        )
         self.embedding_size = watch_hidden_states(base)
         self._build()
         self._crashes = CrashLimit(MAX_CRASHES, CRASH_WINDOW_SECONDS)
@@ -113,13 +123,16 @@ class Engine:
         self._token_bytes = TokenBytes(base.tokenizer)
         self._responses: dict[str, _Submit] = {}
         self._seeds: dict[Sequence, int] = {}
+        self._deadlines: list[tuple[float, str]] = []  # a heap; requests that have ended leave it in their time
         self._condition = threading.Condition()
         self._inbox: deque[_Command] = deque()
+        self._arriving: Counter[str] = Counter()
+        """Submissions in the inbox, by tenant."""
         self._woken = False
         self._draining = False
         self._stop = False
         self._error: str | None = None
-        self._steps = self._preemptions = 0
+        self._steps = self._preemptions = self._num_loads = 0
         self._last_step_at: float | None = None
         self._busy_since: float | None = None
         self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[OutputChunk], OutputChunk]]] = {}
@@ -189,11 +202,9 @@ class Engine:
         with self._condition:
             if self._draining or self._stop:
                 raise EngineDeadError(self._error or "the service is shutting down")
-            if len(self._inbox) + self._scheduler.num_waiting >= self.config.max_waiting:
-                raise QueueFullError(
-                    f"{self.config.max_waiting} requests are waiting already", retry_after=self._retry_after()
-                )
+            self._check_room(request.tenant)
             self._inbox.append(_Submit(sequence, response))
+            self._arriving[request.tenant] += 1
             self._condition.notify_all()
 
     def abort(self, request_id: str) -> None:
@@ -228,6 +239,7 @@ class Engine:
                 self._restart()
             while self._wait_for_work():
                 self._take_commands()
+                self._end_overdue()
                 self._step()
                 self._deliver()
         except BaseException:
@@ -282,6 +294,7 @@ class Engine:
             prefill_chunk=config.prefill_chunk,
             on_preempt=self._count_preemption,
         )
+        self._prefetched_at = (0, 0)
         kernels = kernel_forward(base, self._residency, config.max_num_seqs, config.cuda_graphs)
         self._runner = Runner(base, self._residency, kernels)
 
@@ -306,31 +319,51 @@ class Engine:
         with self._condition:
             while not (self._stop or self._inbox or self._woken or self._scheduler.running):
                 self._condition.notify_all()
-                if not self._condition.wait(_IDLE_POLL_SECONDS) and self._scheduler.has_work:
+                deadline = self._next_deadline()
+                patience = _IDLE_POLL_SECONDS if deadline is None else deadline - time.monotonic()
+                if not self._condition.wait(min(patience, _IDLE_POLL_SECONDS)) and self._scheduler.has_work:
                     break  # nothing should be stuck in the queue, but nobody may depend on that
             self._woken = False
             return not self._stop
 
     def _take_commands(self) -> None:
-        while self._inbox:
-            command = self._inbox.popleft()
-            match command:
-                case _Submit(sequence=sequence):
-                    self._responses[sequence.request.request_id] = command
-                    sampling = sequence.request.sampling
-                    self._seeds[sequence] = secrets.randbits(63) if sampling.seed is None else sampling.seed
-                    self._scheduler.add(sequence)
-                case _Abort(request_id=request_id):
-                    if request_id in self._responses:
-                        self._finish(request_id, FinishReason.ABORT)
-                case _Retire(digest=digest):
-                    self._residency.slots.retire(digest)
+        with self._condition:  # whoever drains must not find a submission neither here nor there
+            while self._inbox:
+                self._take(self._inbox.popleft())
+            self._arriving.clear()
+
+    def _take(self, command: _Command) -> None:
+        match command:
+            case _Submit(sequence=sequence):
+                request = sequence.request
+                self._responses[request.request_id] = command
+                seed = request.sampling.seed
+                self._seeds[sequence] = secrets.randbits(63) if seed is None else seed
+                self._scheduler.add(sequence)
+                if request.timeout_seconds is not None:
+                    heapq.heappush(self._deadlines, (sequence.arrival + request.timeout_seconds, request.request_id))
+            case _Abort(request_id=request_id):
+                if request_id in self._responses:
+                    self._finish(request_id, FinishReason.ABORT)
+            case _Retire(digest=digest):
+                self._residency.slots.retire(digest)
+
+    def _next_deadline(self) -> float | None:
+        while self._deadlines and self._deadlines[0][1] not in self._responses:
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def _end_overdue(self) -> None:
+        now = time.monotonic()
+        while (deadline := self._next_deadline()) is not None and deadline <= now:
+            self._finish(heapq.heappop(self._deadlines)[1], FinishReason.TIMEOUT, "its time was up")
 
     def _step(self) -> None:
         """Schedule, run, post-process."""
         if self._scheduler.has_work and self._busy_since is None:
             self._busy_since = time.monotonic()
         plan = self._scheduler.schedule()
+        self._prefetch()
         for sequence, error in plan.rejected:
             self._finish(sequence.request.request_id, FinishReason.ERROR, _explain(error))
         if plan.work:
@@ -338,8 +371,16 @@ class Engine:
         if not self._scheduler.running:
             self._busy_since = None  # whoever waits now waits for an adapter: the engine is not stuck
         if not self._scheduler.has_work:
-            self._residency.check_integrity(self._scheduler.running)
+            self._residency.check_integrity(self._scheduler.running + self._scheduler.paused)
         self._stats = self._picture()
+
+    def _prefetch(self) -> None:
+        """Adapters of the next waiting requests come nearer while this step is computed."""
+        waiting = self._scheduler.waiting
+        seen = (waiting.version, self._num_loads)
+        if seen != self._prefetched_at or self._residency.slots.may_fetch_more:
+            self._prefetched_at = seen
+            self._residency.slots.prefetch(self._scheduler.upcoming(2 * self.config.max_lora_slots))
 
     def _run(self, plan: Plan) -> None:
         now = time.monotonic()
@@ -498,6 +539,15 @@ class Engine:
         wanted = request.sampling.max_tokens
         return limit - length if wanted is None else min(wanted, limit - length)
 
+    def _check_room(self, tenant: str) -> None:
+        """A tenant may have no more requests waiting than the queue has room for: alone it fills one half of it, two
+        fill a third each, and a newcomer always finds room."""
+        waiting = self._scheduler.waiting
+        mine = waiting.num_waiting_of(tenant) + self._arriving[tenant]
+        room = self.config.max_waiting - len(waiting) - self._arriving.total()
+        if mine >= room:
+            raise QueueFullError(f"{mine} of your requests are waiting already", retry_after=self._retry_after())
+
     def _retry_after(self) -> float:
         """A guess from how long the queue is; clients stop obeying above 120 s."""
         return min(60.0, 1.0 + self._scheduler.num_waiting / max(1, self.config.max_num_seqs))
@@ -510,6 +560,7 @@ class Engine:
 
     def _wake(self) -> None:
         with self._condition:
+            self._num_loads += 1
             self._woken = True
             self._condition.notify_all()
 
@@ -519,14 +570,13 @@ class Engine:
 
     def _picture(self) -> EngineStats:
         slots, scheduler = self._residency.slots, self._scheduler
-        waiting = {s.request.adapter for s in scheduler.waiting() if s.request.adapter}
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=scheduler.num_waiting,
             kv_usage=self._residency.cache.usage,
             slots={"device": slots.num_slots, "host": self.config.max_host_adapters},
-            resident={"device": tuple(slots.resident()), "host": tuple(self._host.digests())},
-            waiting_adapters=tuple(sorted(waiting)),
+            resident={"device": slots.resident(), "host": self._host.digests()},
+            waiting_adapters=scheduler.waiting.adapters(),
             num_steps=self._steps,
             num_preemptions=self._preemptions,
             last_step_at=self._last_step_at,
@@ -536,6 +586,17 @@ class Engine:
             alive=not self._stop,
             error=self._error,
         )
+
+
+def _preparing(source: Callable[[str], LoraWeights], base: BaseModel) -> Callable[[str], PreparedAdapter]:
+    """What a loading thread does: read and verify, then everything that a slot need not wait for."""
+    sites = list(dict.fromkeys(base.lora_sites.values()))
+    pinned = base.device.type == "cuda"
+
+    def load(digest: str) -> PreparedAdapter:
+        return prepare(source(digest), sites, base.dtype, pinned=pinned)
+
+    return load
 
 
 def _decoding_stream(device: torch.device) -> AbstractContextManager[object]:

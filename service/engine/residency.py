@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +52,7 @@ class Residency:
                 return Admission.LATER
         except NoFreeSlotError:
             self.cache.free(row)
-            return Admission.LATER
+            return Admission.NO_SLOT
         except Exception:
             self.cache.free(row)
             raise
@@ -78,9 +79,13 @@ class Residency:
         self.cache.close()
         self.slots.close()
 
-    def check_integrity(self, running: list[Sequence]) -> None:
-        """When idle nothing may be held; a leak is our own bug."""
-        assert set(self._places) == set(running), "places and running sequences differ"
-        if not running:
+    def keep_for(self, sequences: Iterable[Sequence]) -> None:
+        adapters = (sequence.request.adapter for sequence in sequences)
+        self.slots.keep_for([adapter for adapter in dict.fromkeys(adapters) if adapter is not None])
+
+    def check_integrity(self, holding: list[Sequence]) -> None:
+        """Only running and paused sequences hold a place; a leak is our own bug."""
+        assert set(self._places) == set(holding), "places and running sequences differ"
+        if not holding:
             assert self.cache.usage == 0, "cache rows leaked"
             assert not self.slots.references(), "adapter references leaked"

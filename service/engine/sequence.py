@@ -19,6 +19,7 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    TIMEOUT = "timeout"
     ERROR = "error"
 
 
@@ -64,6 +65,8 @@ class GenerationRequest:
     """One prompt to continue. `adapter` is a content digest; None asks the base.
 
     With `pooling` nothing is generated: the prompt is only computed, and the last chunk carries its embedding.
+
+    After `timeout_seconds` the request ends, waiting or running, with what it has.
     """
 
     request_id: str
@@ -73,6 +76,7 @@ class GenerationRequest:
     adapter: str | None = None
     priority: int = 0
     pooling: bool = False
+    timeout_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,10 @@ class Sequence:
     output_token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_preemptions: int = 0
+    num_charged: int = 0
+    """Tokens counted for its tenant; a replay after preemption is not counted again."""
+    num_passed: int = 0
+    """How many later requests started while this one found no adapter slot."""
     first_scheduled: float | None = None
     token_times: list[float] = field(default_factory=list)
     num_crashes: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from adapters.lora import BatchedLoraLinear, LoraPart, SlotTable
+from adapters.lora import BatchedLoraLinear, LoraPart, SlotTable, pack
 from adapters.peft_format import LoraPair
 
 PARTS = (LoraPart("q", 40), LoraPart("k", 24), LoraPart("v", 24))
@@ -37,7 +37,7 @@ def random_table(
             )
             for part in parts
         })  # fmt: skip
-        table.load(slot, adapters[-1])
+        table.load(slot, pack(site, adapters[-1], table.r, dtype))
     return table, adapters
 
 

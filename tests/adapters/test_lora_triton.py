@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+from adapters.lora import BatchedLoraLinear, pack
 from adapters.lora_tiles import TILE, Tile, plan_tiles, tiles_tensor
 from adapters.lora_triton import add_lora
-from tests.adapters.lora_mixes import MIXES, one_by_one, random_table, rows_of
+from tests.adapters.lora_mixes import MIXES, PARTS, one_by_one, random_table, rows_of
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the compiled kernels")
 CPU = torch.device("cpu")
@@ -76,7 +78,8 @@ def test_a_tile_of_no_rows_changes_nothing() -> None:
 
 def test_a_slot_taken_over_by_a_narrower_adapter_forgets_the_wider_one() -> None:
     table, adapters = random_table(64, [4, 20], torch.float32, CPU)
-    table.load(1, adapters[0])
+    site = BatchedLoraLinear(nn.Identity(), 64, PARTS)
+    table.load(1, pack(site, adapters[0], 8, torch.float32))
     x, y = rows_of(1, 64, torch.float32, CPU)
     expected = one_by_one(adapters, [0], x, y)
     add_lora(table, tiles_tensor(plan_tiles([1]), CPU), x, y)

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from adapters.errors import AdapterFormatError, NoFreeSlotError
+from adapters.host_cache import HostCache
 from adapters.lora import BatchedLoraLinear, LoraPart, RowSlots, SlotRouting, plan_rows, routing
 from adapters.peft_format import BaseSignature, LinearShape, LoraSpec, LoraWeights
-from adapters.slots import AdapterSlots, HostCache
+from adapters.prepared import PreparedAdapter, prepare
+from adapters.slots import AdapterSlots
 from tests.adapters.loras import random_lora
 
 BASE = BaseSignature({"q": LinearShape(64, 32), "k": LinearShape(64, 16), "out": LinearShape(48, 64)}, "f")
@@ -35,17 +37,29 @@ class Recorder:
 
 
 class Fixture:
-    def __init__(self, num_slots: int = 2, max_rank: int = 32, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        num_slots: int = 2,
+        max_rank: int = 32,
+        dtype: torch.dtype = torch.float32,
+        max_bytes: int = 1 << 30,
+    ) -> None:
         self.weights: dict[str, LoraWeights] = {}
         self.ready = threading.Event()
         self.recorder = Recorder()
+        self.gate = threading.Event()
+        self.gate.set()
         qk = nn.Linear(64, 48, bias=False).requires_grad_(False)
         out = nn.Linear(48, 64, bias=False).requires_grad_(False)
         self.qk = BatchedLoraLinear(qk, 64, (LoraPart("q", 32), LoraPart("k", 16)))
         self.out = BatchedLoraLinear(out, 48, (LoraPart("out", 64),))
-        self.host = HostCache(self.load, 4, self.recorder, self.ready.set)
+        self.dtype = dtype
+        self.sites = [self.qk, self.qk, self.out]
+        self.host = HostCache(
+            self.load, capacity=4, max_bytes=max_bytes, observer=self.recorder, on_ready=self.ready.set
+        )
         self.slots = AdapterSlots(
-            [self.qk, self.qk, self.out],
+            self.sites,
             num_slots=num_slots,
             max_rank=max_rank,
             dtype=dtype,
@@ -54,10 +68,26 @@ class Fixture:
             observer=self.recorder,
         )
 
-    def load(self, digest: str) -> LoraWeights:
+    def settle(self) -> None:
+        """Until every load that was started has ended."""
+        while self.host._loading:
+            assert self.ready.wait(10)
+            self.ready.clear()
+
+    def fetch(self, *digests: str) -> None:
+        """As the engine does it: before each step, while something changes."""
+        self.slots.prefetch(digests)
+        self.settle()
+        self.slots.prefetch(digests)
+        while self.slots.may_fetch_more:
+            self.slots.prefetch(digests)
+
+    def load(self, digest: str) -> PreparedAdapter:
+        if digest != "quick":
+            assert self.gate.wait(10)
         if digest not in self.weights:
             raise AdapterFormatError("flipped byte", check="digest")
-        return self.weights[digest]
+        return prepare(self.weights[digest], self.sites, self.dtype, pinned=False)
 
     def add(self, digest: str, seed: int, **spec: object) -> None:
         self.weights[digest] = random_lora(BASE, seed=seed, spec=LoraSpec(**{"r": 8, **spec}))  # type: ignore[arg-type]
@@ -146,17 +176,17 @@ def test_the_least_recently_used_goes_first(fixture: Fixture) -> None:
         fixture.acquire(name)
         fixture.slots.release(name)
     fixture.acquire("c")
-    assert fixture.slots.resident() == ["a", "c"]
+    assert fixture.slots.resident() == ("a", "c")
 
 
 def test_a_deleted_adapter_leaves_with_its_last_reference(fixture: Fixture) -> None:
     fixture.add("a", 1)
     fixture.acquire("a")
     fixture.slots.retire("a")
-    assert fixture.slots.resident() == ["a"]
+    assert fixture.slots.resident() == ("a",)
     fixture.slots.release("a")
-    assert fixture.slots.resident() == []
-    assert fixture.host.digests() == []
+    assert fixture.slots.resident() == ()
+    assert fixture.host.digests() == ()
 
 
 def test_a_reused_slot_keeps_nothing_of_the_adapter_before(fixture: Fixture) -> None:
@@ -197,9 +227,115 @@ def test_a_rank_above_the_limit_is_refused(fixture: Fixture) -> None:
     with pytest.raises(AdapterFormatError) as refusal:
         fixture.acquire("huge")
     assert refusal.value.check == "rank"
-    assert fixture.slots.resident() == []
+    assert fixture.slots.resident() == ()
 
 
 def test_slots_side_by_side_with_equally_many_rows_share_a_matmul() -> None:
     runs = plan_rows([None, 0, 0, 1, 1, 2, 5, None, 5, 5])
     assert [(r.start, r.stop, list(r.slots)) for r in runs] == [(1, 5, [0, 1]), (5, 6, [2]), (6, 7, [5]), (8, 10, [5])]
+
+
+def test_what_waits_is_fetched_ahead_but_never_over_what_is_wanted_sooner(fixture: Fixture) -> None:
+    for index, name in enumerate("abcd"):
+        fixture.add(name, index)
+    for name in "ab":
+        fixture.acquire(name)
+        fixture.slots.release(name)
+    fixture.fetch("b", "c", "a", "d")
+    assert set(fixture.slots.resident()) == {"b", "c"}, "'a' makes room for 'c', which is wanted sooner"
+    fixture.fetch("b", "c", "a", "d")
+    assert set(fixture.slots.resident()) == {"b", "c"}
+    fixture.acquire("b")
+    fixture.acquire("c")
+    fixture.fetch("d", "a")
+    assert set(fixture.slots.resident()) == {"b", "c"}, "both are pinned"
+    fixture.slots.release("c")
+    assert fixture.acquire("d") is not None, "what starts now goes before what is only wanted"
+
+
+def test_a_slot_kept_for_one_that_waited_takes_no_new_sequence_until_it_has_changed_hands(fixture: Fixture) -> None:
+    for index, name in enumerate("abc"):
+        fixture.add(name, index)
+    for name in "aab":
+        fixture.acquire(name)
+    with pytest.raises(NoFreeSlotError):
+        fixture.acquire("c")
+    fixture.slots.keep_for(["c"])
+    with pytest.raises(NoFreeSlotError):
+        fixture.slots.acquire("b")  # fewest references: it is empty soonest
+    fixture.acquire("a")
+    fixture.slots.release("b")
+    with pytest.raises(NoFreeSlotError):
+        fixture.slots.acquire("b")
+    fixture.acquire("c")
+    fixture.slots.keep_for([])
+    assert set(fixture.slots.resident()) == {"a", "c"}
+
+
+def test_a_slot_is_open_again_when_nobody_waits_for_it_any_more(fixture: Fixture) -> None:
+    for index, name in enumerate("ab"):
+        fixture.add(name, index)
+        fixture.acquire(name)
+    fixture.slots.keep_for(["gone"])
+    fixture.slots.keep_for([])
+    assert fixture.acquire("a") is not None and fixture.acquire("b") is not None
+
+
+def test_host_memory_is_bounded_by_bytes_and_keeps_what_is_wanted_soonest() -> None:
+    one = prepare(random_lora(BASE, seed=1), Fixture().sites, torch.float32, pinned=False).num_bytes
+    fixture = Fixture(num_slots=1, max_bytes=2 * one)
+    for index, name in enumerate("abcd"):
+        fixture.add(name, index)
+        fixture.acquire(name)
+        fixture.slots.release(name)
+    assert fixture.host.digests() == ("c", "d")
+    fixture.host.prefetch(["c", "a", "b"])
+    fixture.settle()
+    assert fixture.host.digests() == ("c", "a"), "no room is made for 'b': it would push out what is wanted before it"
+    fixture.host.close()
+
+
+def test_an_adapter_larger_than_the_bound_is_served_all_the_same() -> None:
+    fixture = Fixture(max_bytes=1)
+    for name in "ab":
+        fixture.add(name, 1)
+        assert fixture.acquire(name) is not None
+    assert fixture.host.digests() == ("b",)
+    fixture.host.close()
+
+
+def test_one_adapter_is_loaded_once_however_many_ask(fixture: Fixture) -> None:
+    fixture.add("a", 1)
+    fixture.gate.clear()
+    assert [fixture.host.get("a") for _ in range(5)] == [None] * 5
+    fixture.host.prefetch(["a"])
+    fixture.gate.set()
+    fixture.settle()
+    assert fixture.host.get("a") is not None
+    assert fixture.recorder.loaded == ["host"]
+
+
+def test_a_slow_load_holds_up_no_other(fixture: Fixture) -> None:
+    fixture.add("slow", 1)
+    fixture.add("quick", 2)
+    fixture.gate.clear()
+    assert fixture.host.get("slow") is None
+    assert fixture.acquire("quick") is not None
+    fixture.gate.set()
+    assert fixture.acquire("slow") is not None
+
+
+def test_packing_beside_the_engine_gives_the_same_table_as_the_plain_formula(fixture: Fixture) -> None:
+    fixture.add("a", 1, r=12, target_modules=("k",), lora_alpha=5.0)
+    fixture.add("b", 2, r=20)
+    slots = {name: fixture.acquire(name) for name in "ab"}
+    table = fixture.slots.tables[fixture.qk]
+    for name, slot in slots.items():
+        a, b = torch.zeros(2, table.r, 64), [torch.zeros(table.r, 32), torch.zeros(table.r, 16)]
+        for place, part in enumerate(("q", "k")):
+            if pair := fixture.weights[name].modules.get(part):
+                rank = pair.a.shape[0]
+                a[place, :rank] = pair.a
+                b[place][:rank] = pair.b.T * pair.scaling
+        assert torch.equal(table.a[slot].view(2, table.r, 64), a)
+        assert all(torch.equal(bank.b[slot, 0], b[bank.parts[0]]) for bank in table.banks)

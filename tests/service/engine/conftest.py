@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,11 @@ class Rig:
         self.engine = Engine(base, self.load, EngineConfig(**{**sizes, "max_lora_slots": 4, **config}), self.ear)
         self.engine.start()
         self._count = 0
+        self.load_hook: Callable[[str], object] = lambda name: None
 
     def load(self, name: str) -> LoraWeights:
+        """In a loading thread, after whatever a test wants to happen there."""
+        self.load_hook(name)
         if name not in self.adapters:
             raise AdapterNotFoundError(f"no adapter {name}")
         return self.adapters[name]
@@ -79,11 +82,11 @@ class Rig:
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": 16, "ignore_eos": True, **sampling})
         return GenerationRequest(f"r{self._count}", tuple(prompt), params, tenant, adapter, pooling=pooling)
 
-    async def ask(self, prompt: list[int], adapter: str | None = None, **sampling: Any) -> list[OutputChunk]:
-        return [chunk async for chunk in self.engine.generate(self.request(prompt, adapter, **sampling))]
+    async def ask(self, prompt: list[int], adapter: str | None = None, **asked: Any) -> list[OutputChunk]:
+        return [chunk async for chunk in self.engine.generate(self.request(prompt, adapter, **asked))]
 
-    async def tokens(self, prompt: list[int], adapter: str | None = None, **sampling: Any) -> list[int]:
-        return [token for chunk in await self.ask(prompt, adapter, **sampling) for token in chunk.token_ids]
+    async def tokens(self, prompt: list[int], adapter: str | None = None, **asked: Any) -> list[int]:
+        return [token for chunk in await self.ask(prompt, adapter, **asked) for token in chunk.token_ids]
 
     async def embed(self, prompt: list[int], adapter: str | None = None, tenant: str = "t") -> NDArray[np.float32]:
         return await self.engine.embed(self.request(prompt, adapter, tenant, pooling=True))

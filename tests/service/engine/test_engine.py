@@ -6,6 +6,7 @@ import asyncio
 import random
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -254,3 +255,92 @@ def test_callbacks_serve_threads_without_an_event_loop(base: BaseModel) -> None:
     assert done.wait(30)
     engine.shutdown(0)
     assert sum(len(c.token_ids) for c in chunks) == 5
+
+
+async def test_a_request_that_still_waits_at_its_deadline_ends_there(base: BaseModel) -> None:
+    rig = Rig(base, max_num_seqs=1)
+    long = asyncio.create_task(rig.tokens([5], max_tokens=400))
+    while not rig.engine.stats().num_running:
+        await asyncio.sleep(0)
+    overdue = replace(rig.request([6]), timeout_seconds=0.01)
+    [last] = [chunk async for chunk in rig.engine.generate(overdue)]
+    assert (last.finish_reason, last.token_ids) == (FinishReason.TIMEOUT, ())
+    assert len(await long) == 400, "nobody else is concerned"
+    rig.engine.shutdown(0)
+
+
+async def test_a_running_request_is_cut_at_its_deadline_and_frees_what_it_held(rig: Rig) -> None:
+    await rig.tokens([5], "wide", max_tokens=1)
+    overdue = replace(rig.request([5, 6], "wide", max_tokens=500), timeout_seconds=0.15)
+    chunks = [chunk async for chunk in rig.engine.generate(overdue)]
+    assert chunks[-1].finish_reason is FinishReason.TIMEOUT
+    assert 0 < chunks[-1].num_output_tokens < 500
+    await rig.tokens([5], max_tokens=1)
+    assert (rig.engine.stats().num_running, rig.engine.stats().kv_usage) == (0, 0.0)
+
+
+async def test_a_deadline_wakes_an_engine_that_waits_for_a_slow_adapter(base: BaseModel) -> None:
+    arrived = threading.Event()
+    rig = Rig(base)
+    rig.load_hook = lambda name: arrived.wait(20)
+    overdue = replace(rig.request([5], "wide"), timeout_seconds=0.05)
+    [last] = [chunk async for chunk in rig.engine.generate(overdue)]
+    assert last.finish_reason is FinishReason.TIMEOUT
+    arrived.set()
+    assert len(await rig.tokens([5], "wide")) == 16
+    rig.engine.shutdown(0)
+
+
+async def test_an_adapter_on_its_way_holds_up_no_other_and_no_load_holds_up_another(base: BaseModel) -> None:
+    slow = threading.Event()
+    rig = Rig(base)
+    rig.load_hook = lambda name: slow.wait(20) if name == "wide" else None
+    waiting = asyncio.create_task(rig.tokens([5], "wide"))
+    while rig.engine.stats().waiting_adapters != ("wide",):
+        await asyncio.sleep(0)
+    assert len(await rig.tokens([5], "narrow")) == 16
+    assert not waiting.done()
+    slow.set()
+    assert len(await waiting) == 16
+    rig.engine.shutdown(0)
+
+
+async def test_the_next_adapters_are_fetched_while_every_seat_is_taken(base: BaseModel) -> None:
+    rig = Rig(base, max_num_seqs=1, max_lora_slots=2)
+    running = asyncio.create_task(rig.tokens([5], "narrow", max_tokens=400))
+    while not rig.engine.stats().num_running:
+        await asyncio.sleep(0)
+    waiting = [asyncio.create_task(rig.tokens([5], name)) for name in ("wide", "head")]
+    while "wide" not in rig.engine.stats().resident["device"] or "head" not in rig.engine.stats().resident["host"]:
+        assert not running.done(), "the second slot takes the first in the queue while the first slot is in use"
+        await asyncio.sleep(0)
+    assert set(rig.engine.stats().resident["device"]) == {"narrow", "wide"}
+    assert [len(tokens) for tokens in await asyncio.gather(running, *waiting)] == [400, 16, 16]
+    rig.engine.shutdown(0)
+
+
+async def test_one_tenant_cannot_fill_the_queue_for_another(base: BaseModel) -> None:
+    rig = Rig(base, max_waiting=8, max_num_seqs=1)
+    flood = [rig.request([5], tenant="flood", max_tokens=300) for _ in range(12)]
+    refused = 0
+    for request in flood:
+        try:
+            rig.engine.submit(request, lambda chunk: None)
+        except QueueFullError:
+            refused += 1
+    assert refused >= 12 - 1 - 4, "one may run already, four may wait"
+    assert [len(await rig.tokens([5], tenant="newcomer", max_tokens=1)) for _ in range(2)] == [1, 1]
+    rig.engine.shutdown(0)
+
+
+async def test_a_newcomer_pauses_a_flooders_answer_which_goes_on_unharmed(base: BaseModel) -> None:
+    rig = Rig(base, max_num_seqs=2)
+    alone = [await rig.tokens([7, 8, index], max_tokens=60) for index in range(2)]
+    flood = [asyncio.create_task(rig.tokens([7, 8, i], tenant="flood", max_tokens=60)) for i in range(2)]
+    while rig.engine.stats().num_running < 2:
+        await asyncio.sleep(0)
+    assert len(await rig.tokens([5, 6], tenant="newcomer", max_tokens=2)) == 2
+    assert not all(task.done() for task in flood), "or it waited for a seat"
+    assert await asyncio.gather(*flood) == alone
+    assert rig.engine.stats().num_preemptions == 0
+    rig.engine.shutdown(0)

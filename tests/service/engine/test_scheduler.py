@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
+from collections.abc import Iterable
+
 from adapters.errors import AdapterNotFoundError
 from service.engine.scheduler import Admission, Plan, Scheduler
 from service.engine.sequence import GenerationRequest, SamplingParams, Sequence, SequenceStatus
 
 
 class Cache:
-    """A budget of tokens; adapters named 'slow' arrive later, 'gone' does not exist."""
+    """A budget of tokens and slots; adapters named 'slow' arrive later, 'gone' does not exist."""
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int, num_slots: int = 100) -> None:
         self.free = tokens
+        self.num_slots = num_slots
+        self.closing: str | None = None
         self.held: dict[Sequence, int] = {}
         self.arrived: set[str] = set()
 
@@ -23,6 +29,11 @@ class Cache:
             return Admission.LATER
         if sequence.num_tokens > self.free:
             return Admission.FULL
+        pinned = {held.request.adapter for held in self.held} - {None}
+        if adapter is not None and adapter not in pinned and len(pinned) >= self.num_slots:
+            return Admission.NO_SLOT
+        if self.closing is not None and adapter == self.closing:
+            return Admission.NO_SLOT
         self.held[sequence] = sequence.num_prompt_tokens
         self.free -= sequence.num_prompt_tokens
         return Admission.STARTED
@@ -37,6 +48,11 @@ class Cache:
 
     def release(self, sequence: Sequence) -> None:
         self.free += self.held.pop(sequence)
+
+    def keep_for(self, sequences: Iterable[Sequence]) -> None:
+        """As the slots do it: the adapter with the fewest sequences takes no further ones."""
+        used = Counter(held.request.adapter for held in self.held if held.request.adapter is not None)
+        self.closing = min(used, key=lambda adapter: used[adapter]) if list(sequences) and used else None
 
 
 def sequence(
@@ -160,3 +176,191 @@ def test_a_tenant_returning_from_idling_has_no_credit() -> None:
         advance(s.schedule())
     s.add(sequence("back", tenant="idle"))
     assert s.counters.served("idle") == s.counters.served("busy")
+
+
+def finish(s: Scheduler, *names: str) -> None:
+    for one in [q for q in (*s.running, *s.waiting) if q.request.request_id in names]:
+        s.remove(one)
+
+
+def names(sequences: Iterable[Sequence]) -> list[str]:
+    return [one.request.request_id for one in sequences]
+
+
+def flooded(cache: Cache, num: int = 10, **sizes: int) -> Scheduler:
+    """Four seats, all taken by one tenant with more waiting."""
+    s = scheduler(cache, **{"max_num_batched_tokens": 40, **sizes})
+    for index in range(num):
+        s.add(sequence(f"flood-{index}", tenant="flood", arrival=index))
+    advance(s.schedule())
+    assert len(s.running) == 4
+    return s
+
+
+def test_a_newcomer_gets_a_seat_at_once_from_the_flooders_youngest_which_loses_nothing() -> None:
+    cache = Cache(1000)
+    s = flooded(cache)
+    s.add(sequence("new", tenant="small", arrival=100))
+    assert advance(s.schedule())[0] == ("new", 4)
+    assert names(s.paused) == ["flood-3"] and s.paused[0] in cache.held, "it keeps its place"
+    computed = s.paused[0].num_computed
+    finish(s, "new")
+    assert ("flood-3", 1) in advance(s.schedule()), "it goes on before those that have never run"
+    assert s.running[-1].num_computed == computed + 1 and s.running[-1].num_preemptions == 0
+
+
+def test_seats_are_taken_up_to_an_equal_share_and_never_back() -> None:
+    s = flooded(Cache(1000))
+    for index in range(4):
+        s.add(sequence(f"small-{index}", tenant="small", arrival=100 + index))
+    seated = []
+    for _ in range(50):
+        advance(s.schedule())
+        seated.append(sorted(names(s.running)))
+    assert seated == [["flood-0", "flood-1", "small-0", "small-1"]] * 50
+
+
+def test_more_tenants_than_seats_take_none_from_each_other() -> None:
+    s = scheduler(Cache(1000), max_num_seqs=2)
+    for index in range(5):
+        s.add(sequence(str(index), tenant=str(index), arrival=index))
+    for _ in range(20):
+        advance(s.schedule())
+        assert names(s.running) == ["0", "1"] and not s.paused
+
+
+def test_a_full_cache_makes_room_for_a_newcomer_at_the_flooders_expense_alone() -> None:
+    cache = Cache(40)
+    s = flooded(cache, max_num_batched_tokens=20)
+    while cache.free >= 4:
+        advance(s.schedule())
+    s.add(sequence("new", tenant="small", arrival=100))
+    assert ("new", 4) in advance(s.schedule()) + advance(s.schedule()), "the first may only make room for who runs"
+    assert {q.request.tenant for q in s.waiting} == {"flood"}
+    while s.has_work:  # and everybody comes to an end
+        advance(s.schedule())
+        finish(s, *(q.request.request_id for q in list(s.running) if len(q.output_token_ids) >= 3))
+    assert cache.free == 40
+
+
+def test_paused_sequences_give_their_cache_up_rather_than_stop_the_service() -> None:
+    cache = Cache(32)
+    s = scheduler(cache, max_num_batched_tokens=40)
+    for index in range(4):
+        s.add(sequence(f"flood-{index}", tenant="flood", arrival=index))
+    advance(s.schedule())
+    s.add(sequence("new", tenant="small", prompt=8, arrival=100))
+    advance(s.schedule())
+    assert names(s.paused) == ["flood-3"]
+    for _ in range(100):
+        advance(s.schedule())
+        finish(s, *(q.request.request_id for q in list(s.running) if len(q.output_token_ids) >= 6))
+    assert not s.has_work and cache.free == 32
+
+
+def test_the_newcomers_prompt_is_computed_before_the_flooders_next_chunks() -> None:
+    s = scheduler(Cache(1000), max_num_batched_tokens=16)
+    for index in range(3):
+        s.add(sequence(f"flood-{index}", tenant="flood", prompt=80, arrival=index))
+    advance(s.schedule())
+    s.add(sequence("new", tenant="small", arrival=100))
+    assert advance(s.schedule())[0] == ("new", 4)
+
+
+def test_a_priority_orders_the_own_tenants_requests_only() -> None:
+    s = scheduler(Cache(1000), max_num_seqs=1)
+    s.add(sequence("running", tenant="a"))
+    advance(s.schedule())
+    s.add(sequence("urgent", tenant="a", priority=1000, arrival=2))
+    s.add(sequence("plain", tenant="a", arrival=1))
+    s.add(sequence("other", tenant="b", arrival=3))
+    advance(s.schedule())
+    finish(s, "running")
+    order = []
+    while s.has_work:
+        advance(s.schedule())
+        order += names(s.running)
+        finish(s, order[-1])
+    assert order == ["other", "urgent", "plain"]
+
+
+def test_a_negative_priority_stands_behind_everybody_and_gives_its_seat_up() -> None:
+    s = scheduler(Cache(1000), max_num_seqs=1)
+    s.add(sequence("evaluation", tenant="a", priority=-10))
+    advance(s.schedule())
+    for _ in range(20):
+        advance(s.schedule())
+    s.add(sequence("mine", tenant="a", arrival=1))
+    assert ("mine", 4) in advance(s.schedule()) and names(s.paused) == ["evaluation"]
+    s.add(sequence("theirs", tenant="b", arrival=2))
+    finish(s, "mine")
+    assert advance(s.schedule()) == [("theirs", 4)]
+    finish(s, "theirs")
+    assert advance(s.schedule()) == [("evaluation", 1)]
+
+
+def test_a_request_without_a_slot_is_passed_over_only_so_often() -> None:
+    s = scheduler(Cache(1000, num_slots=1), max_num_seqs=2)
+    s.add(sequence("first", adapter="popular"))
+    advance(s.schedule())
+    s.add(sequence("lonely", adapter="rare", arrival=1))
+    started = 0
+    while True:
+        started += 1
+        assert started <= 10, "it starves"
+        s.add(sequence(f"next-{started}", adapter="popular", arrival=1 + started))
+        advance(s.schedule())
+        if "lonely" in names(s.running):
+            break
+        finish(s, names(s.running)[0])
+    assert 2 <= started <= 6, "those whose adapter is there go first, but only as often as there are seats"
+
+
+def test_replaying_after_a_preemption_is_not_charged_again() -> None:
+    cache = Cache(11)
+    s = scheduler(cache)
+    old, new = sequence("old", arrival=1), sequence("new", arrival=2)
+    s.add(old)
+    s.add(new)
+    while new.num_preemptions == 0:
+        advance(s.schedule())
+    s.remove(old)
+    charged = s.counters.served("t")
+    for _ in range(new.num_tokens - new.num_prompt_tokens):
+        advance(s.schedule())
+    assert s.counters.served("t") == charged
+
+
+def test_upcoming_adapters_alternate_between_tenants_as_their_requests_will() -> None:
+    s = scheduler(Cache(1000))
+    for index in range(3):
+        s.add(sequence(f"a{index}", tenant="a", adapter=f"a{index}", arrival=index))
+    for index in range(2):
+        s.add(sequence(f"b{index}", tenant="b", adapter=f"b{index}", arrival=10 + index))
+    assert s.upcoming(10) == ["a0", "b0", "a1", "b1", "a2"]
+    assert s.upcoming(2) == ["a0", "b0"]
+
+
+def test_a_random_life_leaves_nothing_behind() -> None:
+    rng = random.Random(7)
+    cache = Cache(60, num_slots=2)
+    s = scheduler(cache, max_num_seqs=3, max_num_batched_tokens=16)
+    alive: list[Sequence] = []
+    for step in range(3000):
+        if step < 2500 and rng.random() < 0.3:
+            adapter = rng.choice([None, "x", "y", "z"])
+            one = sequence(
+                str(step), rng.randrange(1, 20), rng.choice("abcd"), adapter, rng.choice([0, 0, 0, 3, -5]), step
+            )
+            alive.append(one)
+            s.add(one)
+        plan = s.schedule()
+        assert len(s.running) <= 3 and sum(w.num_tokens for w in plan.work) <= 16
+        assert plan.work or not s.has_work, "something could have run"
+        assert len({w.sequence for w in plan.work}) == len(plan.work)
+        advance(plan)
+        assert set(cache.held) == {*s.running, *s.paused}
+        for one in [q for q in alive if len(q.output_token_ids) >= 6 or rng.random() < 0.005]:
+            s.remove(one)
+            alive.remove(one)
+    assert not s.has_work and not s.paused and cache.free == 60 and s.waiting.adapters() == ()
