@@ -122,7 +122,8 @@ class SlotTable:
 class PackedLora:
     """One site's share of an adapter, laid out as in a slot of rank `r`; scaling is folded into b.
 
-    a: [parts, r, in]; of each bank b: [parts, r, out]; ranks: each part's own. Made beside the engine, so that filling a slot is only copying.
+    a: [parts, r, in]; of each bank b: [parts, r, out]; ranks: each part's own. Made beside the engine, so that
+    filling a slot is only copying.
     """
 
     r: int

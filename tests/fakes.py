@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -99,9 +100,14 @@ class FakeEngine:
         finish_reason = FinishReason.ABORT
         num_tokens = 0
         try:
-            while self.first_step_blocked:
+            deadline = time.monotonic() + (request.timeout_seconds or math.inf)
+            while self.first_step_blocked and time.monotonic() < deadline:
                 await asyncio.sleep(0.005)
             async for chunk in self._answer(request):
+                if time.monotonic() >= deadline:
+                    finish_reason = FinishReason.TIMEOUT
+                    yield self._chunk(request, "", num_tokens, finish_reason, error="its time was up")
+                    return
                 num_tokens, finish_reason = chunk.num_output_tokens, chunk.finish_reason or finish_reason
                 yield chunk
         finally:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
 from service.engine.errors import EngineDeadError, QueueFullError
-from tests.service.http_fixtures import Served
+from tests.service.http_fixtures import Served, serve_fake
 
 MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
 PROMPT = "system:Be brief.\nuser:Hello?\n"
@@ -91,7 +92,14 @@ def test_every_sampling_parameter_reaches_the_engine(served: Served) -> None:
         stop=["x", "y"],
         logprobs=True,
         top_logprobs=3,
-        extra_body={"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "ignore_eos": True, "priority": -2},
+        extra_body={
+            "top_k": 5,
+            "min_p": 0.1,
+            "repetition_penalty": 1.2,
+            "ignore_eos": True,
+            "priority": -2,
+            "timeout": 9,
+        },
     )
     (request,) = served.engine.requests
     sampling = request.sampling
@@ -100,6 +108,7 @@ def test_every_sampling_parameter_reaches_the_engine(served: Served) -> None:
     assert (sampling.seed, sampling.stop, sampling.logprobs) == (11, ("x", "y"), 3)
     assert (sampling.top_k, sampling.min_p, sampling.ignore_eos) == (5, 0.1, True)
     assert (request.priority, request.tenant, request.adapter) == (-2, served.control.acme.id, None)
+    assert request.timeout_seconds == 9
 
 
 def test_without_parameters_sampling_is_openais_default(served: Served) -> None:
@@ -321,3 +330,39 @@ def test_a_client_that_gives_up_on_a_whole_answer_aborts_it_in_the_middle(served
     with pytest.raises(openai.APITimeoutError):
         served.client().with_options(timeout=0.1).chat.completions.create(model="tiny", messages=MESSAGES)
     served.wait_until(lambda: len(served.engine.aborted) == 1)
+
+
+def test_a_request_that_waits_beyond_its_timeout_is_a_504_that_is_not_retried(served: Served) -> None:
+    served.engine.first_step_blocked = True
+    for stream in (False, True):
+        with pytest.raises(openai.InternalServerError) as caught:
+            served.client().chat.completions.create(
+                model="tiny", messages=MESSAGES, stream=stream, extra_body={"timeout": 0.05}
+            )
+        assert (caught.value.status_code, caught.value.code) == (504, "deadline_exceeded")
+        assert caught.value.response.headers["x-should-retry"] == "false"
+
+
+def test_an_answer_cut_by_its_timeout_ends_its_stream_with_an_error(served: Served) -> None:
+    served.engine.endless = True
+    stream = served.client().chat.completions.create(
+        model="tiny", messages=MESSAGES, stream=True, extra_body={"timeout": 0.1}
+    )
+    with pytest.raises(openai.APIError) as caught:
+        for _ in stream:
+            pass
+    assert caught.value.code == "deadline_exceeded"
+
+
+def test_a_timeout_must_be_a_positive_number_of_seconds(served: Served) -> None:
+    for timeout in (0, -1, "5", 1e9):
+        with pytest.raises(openai.BadRequestError) as caught:
+            served.client().chat.completions.create(model="tiny", messages=MESSAGES, extra_body={"timeout": timeout})
+        assert caught.value.param == "timeout"
+
+
+def test_the_services_own_limit_bounds_every_request(tmp_path: Path) -> None:
+    with serve_fake(tmp_path, request_timeout_seconds=20.0) as served:
+        for asked in ({}, {"timeout": 5}, {"timeout": 90}):
+            served.client().chat.completions.create(model="tiny", messages=MESSAGES, extra_body=asked)
+        assert [request.timeout_seconds for request in served.engine.requests] == [20, 5, 20]
