@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from service.engine.kv_cache import LayerBuffer, Row
+from service.engine.kv_cache import KvCache, LayerBuffer, Row
 from service.engine.step_attention import StepAttention
 
 
@@ -31,15 +31,10 @@ class DecodeRows:
         return self.first.shape[0]
 
     @classmethod
-    def of(cls, rows: Sequence[Row], positions: Sequence[int], slab_tokens: int, device: torch.device) -> DecodeRows:
+    def of(cls, cache: KvCache, rows: Sequence[Row], positions: Sequence[int]) -> DecodeRows:
         """For tokens at these positions of these cache rows."""
-        table = [[first_token(row, slab_tokens), row.capacity, at + 1] for row, at in zip(rows, positions, strict=True)]
-        return cls(*torch.tensor(table, dtype=torch.int64).T.contiguous().to(device, non_blocking=True))
-
-
-def first_token(row: Row, slab_tokens: int) -> int:
-    """Tokens of the cache before this row."""
-    return row.slab * slab_tokens + row.index * row.capacity
+        table = [[cache.first_token(row), row.capacity, at + 1] for row, at in zip(rows, positions, strict=True)]
+        return cls(*torch.tensor(table, dtype=torch.int64).T.contiguous().to(cache.device, non_blocking=True))
 
 
 class DecodeKernels(Protocol):

@@ -20,8 +20,8 @@ import torch
 
 from adapters.lora import BatchedLoraLinear, SlotTable
 from adapters.lora_tiles import plan_tiles
-from service.engine.decode_attention import DecodeRows, first_token
-from service.engine.kv_cache import LayerBuffer, Row
+from service.engine.decode_attention import DecodeRows
+from service.engine.kv_cache import KvCache, Row
 
 logger = logging.getLogger(__name__)
 
@@ -71,16 +71,15 @@ class StaticInputs:
     Its lines: token, position, then `DecodeRows`, then the tiles of `adapters.lora_tiles`.
     """
 
-    def __init__(self, max_rows: int, slab_tokens: int, device: torch.device) -> None:
-        self._slab_tokens = slab_tokens
-        self._table = torch.zeros(8, max_rows, dtype=torch.int64, device=device)
+    def __init__(self, max_rows: int, cache: KvCache) -> None:
+        self._cache = cache
+        self._table = torch.zeros(8, max_rows, dtype=torch.int64, device=cache.device)
 
     def fill(self, rows: Sequence[DecodeRow]) -> None:
         """The next step's rows; zeros behind them are rows of no tokens and tiles of no rows."""
         table = torch.zeros(self._table.shape, dtype=torch.int64)
-        numbers = [
-            (r.token, r.position, first_token(r.row, self._slab_tokens), r.row.capacity, r.position + 1) for r in rows
-        ]
+        first = self._cache.first_token
+        numbers = [(r.token, r.position, first(r.row), r.row.capacity, r.position + 1) for r in rows]
         table[:5, : len(rows)] = torch.tensor(numbers, dtype=torch.int64).T
         tiles = plan_tiles([r.slot for r in rows])
         if tiles:
@@ -100,19 +99,18 @@ class DecodeGraphs:
         forward: Callable[[StepInputs, bool], torch.Tensor],
         record: Recorder,
         *,
-        inputs: StaticInputs,
-        layers: Sequence[LayerBuffer],
+        cache: KvCache,
         tables: Mapping[BatchedLoraLinear, SlotTable],
         max_num_seqs: int,
     ) -> None:
         """`forward` computes the logits of all rows, [size, vocabulary], from inputs alone; True is with adapters.
 
-        `layers` and `tables` are what it reads besides; both may change between two steps.
+        The layers of `cache` and `tables` are what it reads besides; both may change between two steps.
         """
         self._forward = forward
         self._record = record
-        self._inputs = inputs
-        self._layers, self._tables = layers, tables
+        self._inputs = StaticInputs(max_num_seqs, cache)
+        self._cache, self._tables = cache, tables
         self._sizes = graph_sizes(max_num_seqs)
         self._recordings: dict[tuple[int, bool], Recording] = {}
         self._read = _Watch(())
@@ -143,9 +141,9 @@ class DecodeGraphs:
             return EagerRecording(step)
 
     def _drop_stale(self) -> None:
-        if not self._read.sees(chain(self._layers, self._tables.values())):
+        if not self._read.sees(chain(self._cache.layers, self._tables.values())):
             self._recordings.clear()
-            self._read = _Watch(chain(self._layers, self._tables.values()))
+            self._read = _Watch(chain(self._cache.layers, self._tables.values()))
 
 
 class _Watch:

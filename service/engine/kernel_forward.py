@@ -16,7 +16,7 @@ from adapters.lora_tiles import AddLora, TiledRouting, plan_tiles, tiles_tensor
 from service.engine.attention import attending
 from service.engine.base_model import BaseModel
 from service.engine.decode_attention import DecodeAttention, DecodeKernels, DecodeRows
-from service.engine.decode_graphs import CudaRecorder, DecodeGraphs, DecodeRow, Recorder, StaticInputs, StepInputs
+from service.engine.decode_graphs import CudaRecorder, DecodeGraphs, DecodeRow, Recorder, StepInputs
 from service.engine.kv_cache import LayerBuffer, Row
 from service.engine.residency import Residency
 from service.engine.scheduler import Work
@@ -66,12 +66,10 @@ class KernelForward:
         self._base = base
         self._residency = residency
         self._kernels = kernels
-        cache = residency.cache
         self._graphs = record and DecodeGraphs(
             self._decode,
             record,
-            inputs=StaticInputs(max_num_seqs, cache.slab_tokens, base.device),
-            layers=cache.layers,
+            cache=residency.cache,
             tables=residency.slots.tables,
             max_num_seqs=max_num_seqs,
         )
@@ -132,7 +130,7 @@ class KernelForward:
             rows_before, positions_before = rows[:decode_start], positions[:decode_start]
             prefill = StepAttention(cache, chunks, decode_start, rows_before, positions_before)
         if decode_start < len(rows):
-            decode = DecodeRows.of(rows[decode_start:], positions[decode_start:], cache.slab_tokens, self._base.device)
+            decode = DecodeRows.of(cache, rows[decode_start:], positions[decode_start:])
         return DecodeAttention(cache.layers, self._kernels.decoding, decode, prefill, decode_start)
 
     def _forward(

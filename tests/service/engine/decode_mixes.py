@@ -74,7 +74,7 @@ class Rows:
         chosen = list(range(len(LENGTHS))) if chosen is None else chosen
         rows: list[Row] = [self.rows[i] for i in chosen] + [self.rows[0]] * pads
         positions = [LENGTHS[i] - 1 for i in chosen] + [-1] * pads
-        where = DecodeRows.of(rows, positions, self.cache.slab_tokens, self.device)
+        where = DecodeRows.of(self.cache, rows, positions)
         step = DecodeAttention(self.cache.layers, kernels, where)
         q, k, v = (t[:, chosen + [0] * pads] for t in (self.q, self.k, self.v))
         return step.attend(0, q, k, v, SCALE, self.shape.window, self.shape.softcap)

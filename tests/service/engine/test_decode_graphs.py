@@ -30,7 +30,7 @@ from service.engine.decode_graphs import (
 )
 from service.engine.decode_triton import TritonDecoding
 from service.engine.kernel_forward import KernelForward, Kernels, kernel_forward, triton_kernels
-from service.engine.kv_cache import LayerBuffer, Row
+from service.engine.kv_cache import KvCache, LayerShape, Row
 from service.engine.residency import Residency
 from tests.service.engine.conftest import Rig
 from tests.service.engine.plain_kernels import PlainDecoding, plain_add_lora
@@ -77,6 +77,16 @@ def make_rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeRig]:
     yield make
     for rig in made:
         rig.engine.shutdown(0)
+
+
+def small_cache(max_model_len: int = 64) -> KvCache:
+    return KvCache(
+        [LayerShape(1, 4, 4)],
+        max_bytes=1 << 18,
+        max_model_len=max_model_len,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
 
 
 async def crowd(
@@ -206,7 +216,7 @@ def test_steps_are_padded_to_few_sizes_and_never_beyond_the_largest() -> None:
 
 def test_rows_behind_the_last_one_have_no_tokens_and_no_tile() -> None:
     """Whatever the step before left there."""
-    inputs = StaticInputs(4, slab_tokens=512, device=torch.device("cpu"))
+    inputs = StaticInputs(4, small_cache(max_model_len=512))
     inputs.fill([DecodeRow(3, 70, Row(1, 2, 96), slot) for slot in (0, 1, 2, 2)])
     before = inputs.view(4)
     assert before.rows.first.tolist() == [512 + 2 * 96] * 4
@@ -220,11 +230,8 @@ def test_rows_behind_the_last_one_have_no_tokens_and_no_tile() -> None:
 
 
 def test_recordings_end_when_the_cache_or_the_tables_are_replaced() -> None:
-    def buffer() -> LayerBuffer:
-        return LayerBuffer(torch.zeros(1), torch.zeros(1), 1)
-
     site = BatchedLoraLinear(nn.Identity(), 4, (LoraPart("q", 4),))
-    layers, tables = [buffer()], {site: SlotTable(site, 1, 8, torch.float32, torch.device("cpu"))}
+    cache, tables = small_cache(), {site: SlotTable(site, 1, 8, torch.float32, torch.device("cpu"))}
     recorded: list[int] = []
 
     def forward(inputs: StepInputs, with_adapters: bool) -> torch.Tensor:
@@ -234,8 +241,7 @@ def test_recordings_end_when_the_cache_or_the_tables_are_replaced() -> None:
         recorded.append(len(step()))
         return EagerRecording(step)
 
-    inputs = StaticInputs(8, 64, torch.device("cpu"))
-    graphs = DecodeGraphs(forward, record, inputs=inputs, layers=layers, tables=tables, max_num_seqs=8)
+    graphs = DecodeGraphs(forward, record, cache=cache, tables=tables, max_num_seqs=8)
     row = DecodeRow(1, 0, Row(0, 0, 64), None)
 
     def new_recordings() -> list[int]:
@@ -248,6 +254,6 @@ def test_recordings_end_when_the_cache_or_the_tables_are_replaced() -> None:
     assert new_recordings() == []
     tables[site] = SlotTable(site, 1, 16, torch.float32, torch.device("cpu"))
     assert new_recordings() == [1, 4, 4]
-    layers[0] = buffer()
+    cache.layers[0] = small_cache().layers[0]
     assert new_recordings() == [1, 4, 4]
     assert new_recordings() == []
