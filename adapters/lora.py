@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby, pairwise
 from typing import Protocol
 
@@ -24,7 +25,7 @@ import torch
 from torch import nn
 
 from adapters import jit
-from adapters.lora_cpu import add_rows
+from adapters.lora_cpu import BLOCK, add_blocks, add_rows
 from adapters.peft_format import LoraPair
 
 
@@ -247,6 +248,24 @@ class Chunk:
     slot: int
 
 
+class Chunks:
+    """The prefill chunks of a step that have an adapter."""
+
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        self.chunks = chunks
+
+    @cached_property
+    def blocks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """First row, number of rows and slot of each block that the CPU kernel computes at once."""
+        found = [
+            (start, min(BLOCK, chunk.stop - start), chunk.slot)
+            for chunk in self.chunks
+            for start in range(chunk.start, chunk.stop, BLOCK)
+        ]
+        starts, counts, slots = np.array(found, dtype=np.int64).T.copy()
+        return starts, counts, slots
+
+
 class RowSlots:
     """The slots of consecutive single rows, from row `start` of a batch on; None is no adapter."""
 
@@ -256,13 +275,10 @@ class RowSlots:
         #: int32 [rows], -1 for None
         self.indices = np.array([-1 if slot is None else slot for slot in slots], dtype=np.int32)
         self.any = bool((self.indices >= 0).any())
-        self._runs: list[Run] | None = None
 
-    @property
+    @cached_property
     def runs(self) -> list[Run]:
-        if self._runs is None:
-            self._runs = plan_rows(self.slots)
-        return self._runs
+        return plan_rows(self.slots)
 
 
 @dataclass(frozen=True)
@@ -273,34 +289,43 @@ class SlotRouting:
     """
 
     tables: Mapping[BatchedLoraLinear, SlotTable]
-    chunks: Sequence[Chunk]
+    chunks: Chunks
     rows: RowSlots
     head: RowSlots
 
     def apply(self, site: BatchedLoraLinear, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Add the adapters in place; x: [..., tokens, in], y: [..., tokens, out]."""
         table = self.tables.get(site)
-        chunks, rows = ((), self.head) if site.is_head else (self.chunks, self.rows)
-        if table is None or not (chunks or rows.any):
+        chunks, rows = (None, self.head) if site.is_head else (self.chunks, self.rows)
+        if table is None or not ((chunks and chunks.chunks) or rows.any):
             return y
         x, y_rows = x.reshape(-1, x.shape[-1]).to(table.a.dtype), y.view(-1, y.shape[-1])
-        for chunk in chunks:
-            span = slice(chunk.start, chunk.stop)
-            _add_products(range(chunk.slot, chunk.slot + 1), table, x[span], y_rows[span])
-        if rows.any:
-            _add_rows(table, rows, x[rows.start :], y_rows[rows.start :])
+        if y.device.type == "cpu" and y.dtype == table.a.dtype and y.dtype in jit.DTYPES:
+            _add_compiled(table, chunks, rows, x.contiguous(), y_rows)
+        else:
+            _add_products(table, chunks, rows, x, y_rows)
         return y
 
 
-def _add_rows(table: SlotTable, rows: RowSlots, x: torch.Tensor, y: torch.Tensor) -> None:
-    """y: [rows, out] += (x A) B, each row with its own slot; x: [rows, in]."""
-    if y.device.type != "cpu" or y.dtype != table.a.dtype or y.dtype not in jit.DTYPES:
-        for run in rows.runs:
-            _add_run(run, table, x[run.start : run.stop], y[run.start : run.stop])
-        return
-    xs, ys = jit.array(x.contiguous()), jit.array(y)
+def _add_compiled(table: SlotTable, chunks: Chunks | None, rows: RowSlots, x: torch.Tensor, y: torch.Tensor) -> None:
+    """y: [rows, out] += (x A) B, chunk by chunk and row by row; x: [rows, in]."""
+    xs, ys = jit.array(x), jit.array(y)
     for bank, b in zip(table.banks, table.bank_arrays, strict=True):
-        add_rows(xs, ys, rows.indices, table.rank_array, table.a_array, b, bank.parts[0], bank.span[0])
+        where = (table.rank_array, table.a_array, b, bank.parts[0], bank.span[0])
+        if chunks and chunks.chunks:
+            add_blocks(xs, ys, *chunks.blocks, *where)
+        if rows.any:
+            add_rows(xs[rows.start :], ys[rows.start :], rows.indices, *where)
+
+
+def _add_products(table: SlotTable, chunks: Chunks | None, rows: RowSlots, x: torch.Tensor, y: torch.Tensor) -> None:
+    """The same in batched products, where there is no kernel."""
+    for chunk in chunks.chunks if chunks else ():
+        span = slice(chunk.start, chunk.stop)
+        _multiply(range(chunk.slot, chunk.slot + 1), table, x[span], y[span])
+    for run in rows.runs:
+        span = slice(rows.start + run.start, rows.start + run.stop)
+        _add_run(run, table, x[span], y[span])
 
 
 @dataclass(frozen=True)
@@ -338,15 +363,15 @@ def _add_run(run: Run, table: SlotTable, x: torch.Tensor, y: torch.Tensor) -> No
     num_slots = len(run.slots)
     per_slot = x.shape[0] // num_slots
     if per_slot == 1 or x.dtype == torch.bfloat16 or x.device.type != "cpu":
-        _add_products(run.slots, table, x, y)
+        _multiply(run.slots, table, x, y)
     elif num_slots == 1:
-        _add_products(run.slots, table, x, y, one_by_one=True)
+        _multiply(run.slots, table, x, y, one_by_one=True)
     else:
         for row in range(per_slot):
-            _add_products(run.slots, table, x[row::per_slot], y[row::per_slot])
+            _multiply(run.slots, table, x[row::per_slot], y[row::per_slot])
 
 
-def _add_products(slots: range, table: SlotTable, x: torch.Tensor, y: torch.Tensor, one_by_one: bool = False) -> None:
+def _multiply(slots: range, table: SlotTable, x: torch.Tensor, y: torch.Tensor, one_by_one: bool = False) -> None:
     """The products, equally many rows for each slot; `one_by_one` repeats a single slot for each row."""
     used = slice(slots[0], slots[-1] + 1)
     a, num_slots, r = table.a[used], len(slots), table.r

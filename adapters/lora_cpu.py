@@ -1,9 +1,10 @@
-"""The LoRA update of single rows on CPU: each row reads its own adapter once, whatever the others use.
+"""The LoRA update on CPU, in one compiled pass over the rows of a site.
 
-    y[i, part] += (x[i] A[s[i], part]) B[s[i], part]        in one compiled pass
+    y[i, part] += (x[i] A[s[i], part]) B[s[i], part]
 
-The cost is the bytes of the adapters in use, so rows with one adapter and rows with thirty-two cost nearly the same.
-A row is computed alone and in float32: its result depends on nothing but itself.
+A single row reads its own adapter once, whatever the others use: the cost is the bytes of the adapters, so rows with
+one adapter and rows with thirty-two cost nearly the same. Rows of one prefill chunk go four at a time. Sums are
+float32, and a row's result depends on nothing but itself and its chunk.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from adapters.jit import kernel, narrow, widen
 
 UNROLL = 4
 """Ranks that are added together; a table's rank is a multiple of it."""
+
+BLOCK = 4
+"""Rows of a prefill chunk that are computed together."""
 
 
 @numba.njit(inline="always")
@@ -61,3 +65,52 @@ def add_rows(x, y, slots, ranks, a, b, first_part, first_column):
                         total[c] += h0 * widen(b0[c]) + h1 * widen(b1[c]) + h2 * widen(b2[c]) + h3 * widen(b3[c])
                 for c in range(width):
                     out[c] = narrow(total[c], out[c])
+
+
+@kernel
+def add_blocks(x, y, starts, counts, slots, ranks, a, b, first_part, first_column):
+    """The same for blocks of up to `BLOCK` neighbouring rows of one slot; starts, counts, slots: [blocks].
+
+    A short block is filled with its first row, whose extra results go nowhere.
+    """
+    parts, r, width = b.shape[1], b.shape[2], b.shape[3]
+    features = x.shape[1]
+    for block in numba.prange(starts.shape[0]):
+        slot, start, count = slots[block], starts[block], counts[block]
+        wide = np.empty((BLOCK, features), np.float32)
+        for i in range(BLOCK):
+            row, into = x[start + (i if i < count else 0)], wide[i]
+            for c in range(features):
+                into[c] = widen(row[c])
+        w0, w1, w2, w3 = wide[0], wide[1], wide[2], wide[3]
+        h = np.empty((BLOCK, parts * r), np.float32)
+        for part in range(parts):
+            for k in range(whole(ranks[slot, first_part + part])):
+                line = a[slot, (first_part + part) * r + k]
+                d0 = d1 = d2 = d3 = np.float32(0)
+                for c in range(features):
+                    value = widen(line[c])
+                    d0 += w0[c] * value
+                    d1 += w1[c] * value
+                    d2 += w2[c] * value
+                    d3 += w3[c] * value
+                h[0, part * r + k], h[1, part * r + k], h[2, part * r + k], h[3, part * r + k] = d0, d1, d2, d3
+        total = np.empty((BLOCK, width), np.float32)
+        for part in range(parts):
+            first = first_column + part * width
+            for i in range(count):
+                out, into = y[start + i, first : first + width], total[i]
+                for c in range(width):
+                    into[c] = widen(out[c])
+            for k in range(0, whole(ranks[slot, first_part + part]), UNROLL):
+                b0, b1, b2, b3 = b[slot, part, k], b[slot, part, k + 1], b[slot, part, k + 2], b[slot, part, k + 3]
+                j = part * r + k
+                for i in range(count):
+                    h0, h1, h2, h3 = h[i, j], h[i, j + 1], h[i, j + 2], h[i, j + 3]
+                    into = total[i]
+                    for c in range(width):
+                        into[c] += h0 * widen(b0[c]) + h1 * widen(b1[c]) + h2 * widen(b2[c]) + h3 * widen(b3[c])
+            for i in range(count):
+                out, into = y[start + i, first : first + width], total[i]
+                for c in range(width):
+                    out[c] = narrow(into[c], out[c])

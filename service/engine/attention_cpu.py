@@ -77,3 +77,4 @@ def decode_rows(q, k, v, keys, values, starts, capacities, lengths, out, scale, 
             answer = out[row, head]
             for c in range(value_dim):
                 answer[c] = narrow(total[c] / weight, answer[c])
+

@@ -5,13 +5,15 @@ repacked weight and has no derivative. So NF4 is kept twice here: packed for ser
 for the dequantizing product that training uses.
 
 Row invariance: without gradients, a row's result has the same bits whatever the number of rows. That is why the
-kernel is chosen by whether gradients are wanted, and never by the number of rows.
+kernel is chosen by what a row is (one that decodes, or any other) and never by the number of rows.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -37,6 +39,22 @@ PACK_ROWS = 32
 
 ROW_TILE = 4
 """On CPU, float32 products of fewer rows, or of a remainder, round differently: rows are padded to a multiple."""
+
+
+_step = threading.local()
+
+
+@contextmanager
+def decoding(num_rows: int, first: int) -> Iterator[None]:
+    """In this thread, inputs of `num_rows` rows end with rows that decode one token each, from row `first` on.
+
+    Where few rows at a time are worth a kernel of their own, they get it.
+    """
+    _step.num_rows, _step.first = num_rows, first
+    try:
+        yield
+    finally:
+        _step.num_rows = None
 
 
 class Quantization(StrEnum):
@@ -170,6 +188,16 @@ class Nf4Linear(FrozenLinear):
         if self.packed is None:
             y: torch.Tensor = matmul_4bit(rows, self.codes.view(-1, 1), self._state, bias=self.bias)
             return y
+        if getattr(_step, "num_rows", None) != rows.shape[0] or _step.first == rows.shape[0]:
+            return functional.linear(rows, self.dequantized(), self.bias)
+        if _step.first == 0:
+            return self._packed_product(rows)
+        others = functional.linear(rows[: _step.first], self.dequantized(), self.bias)
+        return torch.cat((others, self._packed_product(rows[_step.first :])))
+
+    def _packed_product(self, rows: torch.Tensor) -> torch.Tensor:
+        """Faster than to dequantize while there are fewer than about fifty rows, slower beyond."""
+        assert self.packed is not None
         shape = (self.packed.shape[0], self.in_features)
         y = torch.ops.bitsandbytes.gemv_4bit.default(  # a full matrix product, despite the name
             rows.contiguous(), self.packed, shape, self.packed_absmax, self._state.code, NF4_BLOCK

@@ -6,9 +6,10 @@ from collections.abc import Sequence as Many
 
 import torch
 
-from adapters.lora import Chunk, RowSlots, SlotRouting, routing
+from adapters.lora import Chunk, Chunks, RowSlots, SlotRouting, routing
 from service.engine.attention import ShapeProbe, attending
 from service.engine.base_model import BaseModel
+from service.engine.frozen_linear import decoding
 from service.engine.kernel_forward import KernelForward
 from service.engine.kv_cache import LayerShape, Row
 from service.engine.pooling import add_chunk, watching
@@ -96,9 +97,9 @@ class Runner:
                 head.append(place.slot)
         decode_start = len(tokens) - len(decodes)
         attention = StepAttention(self._residency.cache, chunks, decode_start, rows, positions)
-        decoding = RowSlots([self._residency[w.sequence].slot for w in decodes], decode_start)
-        route = SlotRouting(self._residency.slots.tables, adapted, decoding, RowSlots(head))
-        with torch.inference_mode(), attending(attention), routing(route):
+        single = RowSlots([self._residency[w.sequence].slot for w in decodes], decode_start)
+        route = SlotRouting(self._residency.slots.tables, Chunks(adapted), single, RowSlots(head))
+        with torch.inference_mode(), attending(attention), routing(route), decoding(len(tokens), decode_start):
             device = self._base.device
             output = self._base.model(
                 input_ids=torch.tensor([tokens], device=device),

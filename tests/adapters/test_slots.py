@@ -11,7 +11,7 @@ from torch import nn
 
 from adapters.errors import AdapterFormatError, NoFreeSlotError
 from adapters.host_cache import HostCache
-from adapters.lora import BatchedLoraLinear, LoraPart, RowSlots, SlotRouting, plan_rows, routing
+from adapters.lora import BatchedLoraLinear, Chunks, LoraPart, RowSlots, SlotRouting, plan_rows, routing
 from adapters.peft_format import BaseSignature, LinearShape, LoraSpec, LoraWeights
 from adapters.prepared import PreparedAdapter, prepare
 from adapters.slots import AdapterSlots
@@ -93,7 +93,7 @@ class Fixture:
         self.weights[digest] = random_lora(BASE, seed=seed, spec=LoraSpec(**{"r": 8, **spec}))  # type: ignore[arg-type]
 
     def route(self, slots: list[int | None]) -> SlotRouting:
-        return SlotRouting(self.slots.tables, (), RowSlots(slots), RowSlots([]))
+        return SlotRouting(self.slots.tables, Chunks([]), RowSlots(slots), RowSlots([]))
 
     def acquire(self, digest: str) -> int:
         """As the engine does it: ask, sleep until something arrived, ask again."""
