@@ -370,6 +370,7 @@ class Engine:
             self._run(plan)
         if not self._scheduler.running:
             self._busy_since = None  # whoever waits now waits for an adapter: the engine is not stuck
+            self._woken |= bool(plan.work or plan.rejected)  # or for a seat that is free since this step
         if not self._scheduler.has_work:
             self._residency.check_integrity(self._scheduler.running + self._scheduler.paused)
         self._stats = self._picture()

@@ -344,3 +344,11 @@ async def test_a_newcomer_pauses_a_flooders_answer_which_goes_on_unharmed(base: 
     assert await asyncio.gather(*flood) == alone
     assert rig.engine.stats().num_preemptions == 0
     rig.engine.shutdown(0)
+
+
+async def test_a_seat_that_a_step_sets_free_is_taken_in_the_next(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of one token leave nobody running, and the engine slept for a second with a queue behind it."""
+    monkeypatch.setattr("service.engine.engine._IDLE_POLL_SECONDS", 3600.0)
+    async with asyncio.timeout(60):
+        answers = await asyncio.gather(*(rig.tokens([7, 8, i], max_tokens=1) for i in range(40)))
+    assert all(len(answer) == 1 for answer in answers)
