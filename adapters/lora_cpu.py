@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import numba
 import numpy as np
+import torch
 
-from adapters.jit import kernel, narrow, widen
+from adapters.jit import array, kernel, narrow, widen
 
 UNROLL = 4
 """Ranks that are added together; a table's rank is a multiple of it."""
@@ -114,3 +115,12 @@ def add_blocks(x, y, starts, counts, slots, ranks, a, b, first_part, first_colum
                 out, into = y[start + i, first : first + width], total[i]
                 for c in range(width):
                     out[c] = narrow(into[c], out[c])
+
+
+def compile_kernels(dtype: torch.dtype) -> None:
+    """Now rather than in somebody's request; a few seconds unless they were kept from the last time."""
+    x, y, a = (array(torch.zeros(1, UNROLL, dtype=dtype)) for _ in range(3))
+    b = array(torch.zeros(1, 1, UNROLL, UNROLL, dtype=dtype))
+    where = (np.zeros((1, 1), np.int64), a[None].repeat(UNROLL, axis=1), b, 0, 0)
+    add_rows(x, y, np.zeros(1, np.int32), *where)
+    add_blocks(x, y, np.zeros(1, np.int64), np.ones(1, np.int64), np.zeros(1, np.int64), *where)

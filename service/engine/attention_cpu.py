@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import numba
 import numpy as np
+import torch
 
-from adapters.jit import exp_of_negative, kernel, narrow, widen
+from adapters.jit import array, exp_of_negative, kernel, narrow, widen
 
 _UNROLL = 4
 """Values that are added together."""
@@ -78,3 +79,10 @@ def decode_rows(q, k, v, keys, values, starts, capacities, lengths, out, scale, 
             for c in range(value_dim):
                 answer[c] = narrow(total[c] / weight, answer[c])
 
+
+def compile_kernels(dtype: torch.dtype) -> None:
+    """Now rather than in somebody's request; a few seconds unless they were kept from the last time."""
+    q, k, v, out = (array(torch.zeros(1, 1, 1, dtype=dtype)) for _ in range(4))
+    keys, values = (array(torch.zeros(1, 1, dtype=dtype)) for _ in range(2))
+    start, one = np.zeros(1, np.int64), np.ones(1, np.int64)
+    decode_rows(q, k, v, keys, values, start, one, one, out, 1.0, 0, 0.0)

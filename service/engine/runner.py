@@ -6,7 +6,9 @@ from collections.abc import Sequence as Many
 
 import torch
 
+from adapters import jit, lora_cpu
 from adapters.lora import Chunk, Chunks, RowSlots, SlotRouting, routing
+from service.engine import attention_cpu
 from service.engine.attention import ShapeProbe, attending
 from service.engine.base_model import BaseModel
 from service.engine.frozen_linear import decoding
@@ -40,6 +42,9 @@ class Runner:
         self._kernels = kernels
         self._residency = residency
         self._sampler = Sampler()
+        if base.device.type == "cpu" and base.dtype in jit.DTYPES:
+            lora_cpu.compile_kernels(base.dtype)
+            attention_cpu.compile_kernels(base.dtype)
 
     def run(self, plan: Plan, seeds: dict[Sequence, int]) -> list[tuple[Sequence, Sampled]]:
         """Compute the plan; returns a token for each sequence whose work samples.
