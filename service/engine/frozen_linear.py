@@ -202,7 +202,8 @@ class Nf4Linear(FrozenLinear):
         y = torch.ops.bitsandbytes.gemv_4bit.default(  # a full matrix product, despite the name
             rows.contiguous(), self.packed, shape, self.packed_absmax, self._state.code, NF4_BLOCK
         )[:, : self.out_features]
-        return y.contiguous() if self.bias is None else y + self.bias
+        dense: torch.Tensor = y.contiguous() if self.bias is None else y + self.bias
+        return dense
 
 
 def freeze(parts: Sequence[LinearWeights], quantization: Quantization, device: torch.device) -> FrozenLinear:
