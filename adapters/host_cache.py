@@ -62,11 +62,15 @@ class HostCache:
         self._num_bytes = 0
         self._failed: OrderedDict[str, tuple[float, AdapterError]] = OrderedDict()
         self._loading: set[str] = set()
+        self._near: frozenset[str] = frozenset()  # what the last `prefetch` found room for
         self._digests: tuple[str, ...] | None = None
         self._threads = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="adapter-load", initializer=_stand_back)
 
     def get(self, digest: str) -> PreparedAdapter | None:
-        """The adapter, or None while it is on its way (this call starts the load).
+        """The adapter, or None while it is on its way or others are wanted sooner.
+
+        This call starts the load, unless the last `prefetch` found no room for it: loading everything that anybody
+        waits for would push out what is needed next, again and again.
 
         Raises:
             AdapterError: what the load failed with; asking again tries again.
@@ -78,7 +82,8 @@ class HostCache:
             if adapter := self._adapters.get(digest):
                 self._adapters.move_to_end(digest)
                 return adapter
-            self._start(digest)
+            if not self._near or digest in self._near:
+                self._start(digest)
         return None
 
     def prefetch(self, digests: Sequence[str]) -> list[str]:
@@ -88,6 +93,7 @@ class HostCache:
         """
         with self._lock:
             near = self._that_fit(digests)
+            self._near = frozenset(near)
             for digest in reversed(near):
                 if digest in self._adapters:
                     self._adapters.move_to_end(digest)

@@ -304,6 +304,18 @@ def test_an_adapter_larger_than_the_bound_is_served_all_the_same() -> None:
     fixture.host.close()
 
 
+def test_asking_for_what_lies_beyond_the_next_requests_loads_nothing(fixture: Fixture) -> None:
+    """Every waiting request asked for its adapter, and 24 adapters chased each other through a cache of 9."""
+    for index, name in enumerate("abcdef"):
+        fixture.add(name, index)
+    for _ in range(5):
+        fixture.host.prefetch("abcdef")
+        fixture.settle()
+        assert [fixture.host.get(name) is not None for name in "abcdef"] == [True] * 4 + [False] * 2
+    fixture.settle()
+    assert fixture.recorder.loaded == ["host"] * 4
+
+
 def test_one_adapter_is_loaded_once_however_many_ask(fixture: Fixture) -> None:
     fixture.add("a", 1)
     fixture.gate.clear()
