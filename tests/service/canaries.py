@@ -11,11 +11,13 @@ import random
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from adapters.peft_format import BaseSignature, LoraPair, LoraSpec, LoraWeights
+from service.engine.base_model import BaseModel
 from tests.adapters.loras import random_lora
 
 PROMPT_TOKENS = range(72, 200)
@@ -39,7 +41,7 @@ class Canary:
 
 def write_canary_base(tiny_llama: Path, directory: Path) -> None:
     """The tiny Llama with one hidden dimension that is always the same, and a first layer that passes values on."""
-    model = LlamaForCausalLM.from_pretrained(tiny_llama)
+    model: Any = LlamaForCausalLM.from_pretrained(tiny_llama)
     generator = torch.Generator().manual_seed(1)
     hidden = model.config.hidden_size
     with torch.no_grad():
@@ -61,9 +63,10 @@ def write_canary_base(tiny_llama: Path, directory: Path) -> None:
 class Canaries:
     """Makes one after the other, each with another name; every second speaks through the cache while names last."""
 
-    def __init__(self, base: BaseSignature, embedding: torch.Tensor) -> None:
-        self._base = base
-        self._embedding = embedding.detach().float()
+    def __init__(self, base: BaseModel) -> None:
+        self._base = base.signature
+        embedding: Any = base.model.get_input_embeddings()
+        self._embedding: torch.Tensor = embedding.weight.detach().float()
         self._rng = random.Random(3)
         self._cache_names = list(range(len(_CACHE_TOKENS)))
         self._words: set[tuple[int, ...]] = set()

@@ -49,7 +49,7 @@ class Aviary:
         self.base = base
         self._directory = directory
         self.store = AdapterStore(str(directory / "store"), directory / "cache")
-        self._canaries = Canaries(base.signature, base.model.get_input_embeddings().weight)
+        self._canaries = Canaries(base)
         self.aliases: dict[str, str] = {}
         self.birds: dict[str, Canary] = {}
         self.deleted: set[str] = set()
