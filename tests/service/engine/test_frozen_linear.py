@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from bitsandbytes.functional import dequantize_4bit, has_avx512bf16, int8_vector
 from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[attr-defined]
 
 from service.engine.errors import BaseModelError
-from service.engine.frozen_linear import FrozenLinear, LinearWeights, Nf4Linear, Quantization, freeze
+from service.engine.frozen_linear import FrozenLinear, LinearWeights, Nf4Linear, Quantization, decoding, freeze
 
 CPU = torch.device("cpu")
 NUM_ROWS = [*range(1, 65), 100, 127, 129, 256]
@@ -64,7 +65,7 @@ def test_fused_nf4_siblings_hold_exactly_what_bitsandbytes_layers_hold() -> None
 def test_fused_nf4_siblings_answer_exactly_as_bitsandbytes_layers_do(bias: bool) -> None:
     parts = weights(96, 32, 64, bias=bias)
     x = torch.randn(7, 128, dtype=torch.bfloat16)
-    with torch.no_grad():
+    with torch.no_grad(), decoding(num_rows=7, first=0):
         expected = torch.cat([as_bitsandbytes(part)(x) for part in parts], dim=-1)
         assert torch.equal(freeze(parts, Quantization.NF4, CPU)(x), expected)
 
@@ -73,7 +74,7 @@ def test_an_odd_number_of_output_features_is_padded_for_the_packed_kernel() -> N
     """bitsandbytes asserts `N % 32 == 0` when it repacks."""
     layer = freeze(weights(33, 5), Quantization.NF4, CPU)
     x = torch.randn(2, 3, 128, dtype=torch.bfloat16)
-    with torch.no_grad():
+    with torch.no_grad(), decoding(num_rows=6, first=0):
         y = layer(x)
     assert y.shape == (2, 3, 38)
     assert y.is_contiguous()
@@ -89,7 +90,7 @@ def test_without_the_packed_kernel_the_values_are_the_same(monkeypatch: pytest.M
     assert isinstance(packed, Nf4Linear) and packed.packed is not None
     assert isinstance(plain, Nf4Linear) and plain.packed is None
     x = torch.randn(5, 128, dtype=torch.bfloat16)
-    with torch.no_grad():
+    with torch.no_grad(), decoding(num_rows=5, first=0):
         torch.testing.assert_close(packed(x), plain(x), rtol=2e-2, atol=2e-2)
     assert torch.equal(packed.dequantized(), plain.dequantized())
 
@@ -115,16 +116,35 @@ def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.usefixtures("num_threads")
 @pytest.mark.parametrize(("kind", "dtype"), KINDS)
 @pytest.mark.parametrize("shape", [(192, 128), (64, 256), (70, 64)])
-def test_a_row_has_the_same_bits_in_every_crowd(kind: Quantization, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("decodes", [False, True], ids=["any row", "decode row"])
+def test_a_row_has_the_same_bits_in_every_crowd(
+    kind: Quantization, dtype: torch.dtype, shape: tuple[int, int], decodes: bool
+) -> None:
     out, in_features = shape
     layer = freeze(weights(out, in_features=in_features, dtype=dtype, bias=True), kind, CPU)
     x = torch.randn(256, in_features, dtype=dtype)
+
+    def product(rows: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode(), decoding(len(rows), 0) if decodes else nullcontext():
+            return layer(rows)
+
+    expected = product(x)
+    for num_rows in NUM_ROWS:
+        for start in (0, min(3, 256 - num_rows)):
+            rows = slice(start, start + num_rows)
+            assert torch.equal(product(x[rows]), expected[rows]), f"{num_rows} rows from {start}"
+
+
+@pytest.mark.parametrize(("kind", "dtype"), KINDS)
+def test_prompt_rows_and_decode_rows_of_one_step_do_not_mind_each_other(kind: Quantization, dtype: torch.dtype) -> None:
+    layer = freeze(weights(96, 32, dtype=dtype, bias=True), kind, CPU)
+    x = torch.randn(12, 128, dtype=dtype)
     with torch.inference_mode():
-        expected = layer(x)
-        for num_rows in NUM_ROWS:
-            for start in (0, min(3, 256 - num_rows)):
-                rows = slice(start, start + num_rows)
-                assert torch.equal(layer(x[rows]), expected[rows]), f"{num_rows} rows from {start}"
+        prompt = layer(x[:8])
+        with decoding(4, 0):
+            decoded = layer(x[8:])
+        with decoding(12, 8):
+            assert torch.equal(layer(x), torch.cat((prompt, decoded)))
 
 
 @pytest.mark.parametrize(("kind", "dtype"), KINDS)
