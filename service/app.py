@@ -16,6 +16,7 @@ from service.api import adapters, admin, aliases, chat, completions, embeddings,
 from service.api.errors import install_error_handlers
 from service.api.middleware import RequestMiddleware
 from service.api.services import Services
+from service.api.tool_format import ToolFormat
 from service.config import Settings
 from service.database import connect
 from service.engine.base_model import BaseModel, Quantization, load_base_model
@@ -84,6 +85,7 @@ def open_services(settings: Settings, metrics: Metrics, admin_key: SecretStr) ->
             base=base,
             engine=engine,
             grammars=grammars,
+            tool_format=ToolFormat.of(base),
             metrics=metrics,
             tenants=Tenants(database),
             files=files_,

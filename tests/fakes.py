@@ -41,6 +41,8 @@ class FakeBase:
     vocab_size: int = 0x110000
     eos_token_ids: frozenset[int] = frozenset({0})
     tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
+    chat_template: str = "role:content, and nothing of tools"
+    added_tokens: frozenset[str] = frozenset()
 
     def render_chat(
         self,
@@ -48,7 +50,7 @@ class FakeBase:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        assert add_generation_prompt and tools is None
+        assert add_generation_prompt, "only trainers render without"
         return self.tokenizer.encode("".join(f"{message['role']}:{message['content']}\n" for message in messages))
 
 

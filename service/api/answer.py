@@ -20,7 +20,7 @@ from service.api.schemas import GenerationParams
 from service.api.services import Services
 from service.api.sse import DONE, EventStream, event
 from service.engine.errors import EngineError
-from service.engine.grammar import Grammar
+from service.engine.grammar import AnyGrammar
 from service.engine.sequence import FinishReason, GenerationRequest, OutputChunk, SamplingParams, TokenLogprob
 from service.errors import InvalidRequestError, ServiceError, wire_error
 from service.metrics import Origin
@@ -103,7 +103,7 @@ class Ask:
     prompts: Sequence[tuple[int, ...]]
     max_tokens: int | None
     logprobs: int | None
-    grammar: Grammar | None = None
+    grammar: AnyGrammar | None = None
 
     def check_lengths(self, max_model_len: int, param: str) -> None:
         """Raises InvalidRequestError when a prompt and its answer cannot fit the context."""

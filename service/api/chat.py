@@ -17,8 +17,9 @@ from service.api.schemas import ChatRequest
 from service.api.services import Services, ServicesDep
 from service.api.sse import to_json
 from service.api.structured import format_source
-from service.engine.grammar_source import GrammarSource
-from service.engine.sequence import OutputChunk
+from service.api.tool_grammar import tool_grammar
+from service.api.tool_parser import CallSyntax, ToolCallParser, read_whole, wire_delta
+from service.engine.sequence import FinishReason, OutputChunk
 from service.tenants import Tenant
 
 router = APIRouter(tags=["chat"])
@@ -28,13 +29,17 @@ router = APIRouter(tags=["chat"])
 async def create_chat_completion(
     body: ChatRequest, request: Request, tenant: TenantDep, services: ServicesDep
 ) -> Response:
-    ask, source = await run_in_threadpool(_understand, body, tenant, services)
-    if source is not None:
+    ask = await run_in_threadpool(_understand, body, tenant, services)
+    calls: CallSyntax | None = None
+    if body.may_call:
+        grammar, calls = await tool_grammar(body, services.tool_format, services.grammars)
+        ask = replace(ask, grammar=grammar)
+    elif source := await run_in_threadpool(format_source, body.response_format, body.structured_outputs):
         ask = replace(ask, grammar=await services.grammars.compile(source))
-    return await answer(request, services, ask, ChatShape(ask.head, body.include_usage))
+    return await answer(request, services, ask, ChatShape(ask.head, body.include_usage, calls))
 
 
-def _understand(body: ChatRequest, tenant: Tenant, services: Services) -> tuple[Ask, GrammarSource | None]:
+def _understand(body: ChatRequest, tenant: Tenant, services: Services) -> Ask:
     model = services.registry.resolve(tenant.id, body.model)
     ask = Ask(
         operation="chat",
@@ -47,23 +52,22 @@ def _understand(body: ChatRequest, tenant: Tenant, services: Services) -> tuple[
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     ask.check_lengths(services.base.max_model_len, "messages")
-    return ask, format_source(body.response_format, body.structured_outputs)
+    return ask
 
 
 def _render(body: ChatRequest, services: Services) -> Sequence[int]:
-    """The prompt's tokens. `developer` is OpenAI's newer name for `system`; templates know the older one."""
-    messages = [
-        {"role": "system" if message.role == "developer" else message.role, "content": message.text}
-        for message in body.messages
-    ]
-    return services.base.render_chat(messages)
+    """The prompt's tokens. Where no tool may be called, the model is not told of any."""
+    tools = (body.tools or ()) if body.may_call else ()
+    return services.base.render_chat(*services.tool_format.prompt(body.messages, tools))
 
 
 class ChatShape:
     """Chat completions. Chunk events are put together from strings: there is one for every token of everybody."""
 
-    def __init__(self, head: Head, include_usage: bool) -> None:
+    def __init__(self, head: Head, include_usage: bool, calls: CallSyntax | None = None) -> None:
         self._head = head
+        self._calls = calls
+        self._parsers: dict[int, ToolCallParser] = {}
         self._started: set[int] = set()
         start = to_json(self._fields("chat.completion.chunk"))[:-1]
         self._before = f'data: {start},"choices":['
@@ -73,15 +77,28 @@ class ChatShape:
         written = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "message": message,
                 "logprobs": chat_logprobs(choice.logprobs) if choice.logprobs else None,
-                "finish_reason": choice.finish_reason,
+                "finish_reason": reason,
             }
             for index, choice in enumerate(choices)
+            for message, reason in [self._message(choice)]
         ]
         return {**self._fields("chat.completion"), "choices": written, "usage": usage}
 
+    def _message(self, choice: Choice) -> tuple[dict[str, Any], str | None]:
+        """The message and its finish reason."""
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+        if self._calls is None:
+            return message, choice.finish_reason
+        content, calls = read_whole(self._calls.parser(), choice.text, choice.finish_reason is FinishReason.LENGTH)
+        if not calls:
+            return {**message, "content": content}, choice.finish_reason
+        return {**message, "content": content or None, "tool_calls": calls}, _reason(choice.finish_reason, len(calls))
+
     def chunk_events(self, index: int, chunk: OutputChunk) -> bytes:
+        if self._calls is not None:
+            return self._events_with_calls(index, chunk, self._calls)
         events = ""
         if index not in self._started:
             self._started.add(index)
@@ -91,6 +108,24 @@ class ChatShape:
             events += self._event(index, f'{{"content":{to_json(chunk.text)}}}', logprobs)
         if chunk.finish_reason is not None:
             events += self._event(index, "{}", finish_reason=f'"{chunk.finish_reason}"')
+        return events.encode()
+
+    def _events_with_calls(self, index: int, chunk: OutputChunk, calls: CallSyntax) -> bytes:
+        """The log-probabilities of a chunk go with the first event that it brings."""
+        events = ""
+        if index not in self._parsers:
+            self._parsers[index] = calls.parser()
+            events += self._event(index, '{"role":"assistant","content":null,"refusal":null}')
+        parser, reason = self._parsers[index], chunk.finish_reason
+        deltas = [to_json(wire_delta(delta)) for delta in parser.feed(chunk.text)]
+        if reason is not None:
+            deltas += [to_json(wire_delta(delta)) for delta in parser.finish(reason is FinishReason.LENGTH)]
+        logprobs = to_json(chat_logprobs(chunk.logprobs)) if chunk.logprobs else "null"
+        for delta in deltas or (["{}"] if chunk.logprobs else []):
+            events += self._event(index, delta, logprobs)
+            logprobs = "null"
+        if reason is not None:
+            events += self._event(index, "{}", finish_reason=f'"{_reason(reason, parser.num_calls)}"')
         return events.encode()
 
     def usage_event(self, usage: Usage) -> bytes:
@@ -109,3 +144,7 @@ class ChatShape:
             "model": head.model,
             "system_fingerprint": head.system_fingerprint,
         }
+
+
+def _reason(reason: FinishReason | None, num_calls: int) -> str | None:
+    return "tool_calls" if num_calls and reason is FinishReason.STOP else reason

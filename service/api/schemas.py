@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from service.api.structured import ResponseFormat, StructuredOutputs
+from service.api.tools import ToolCall, ToolParams
 from service.api.wire import Unsupported, WireModel, field_error
 
 MAX_CHOICES = 128
@@ -119,6 +120,8 @@ class TextPart(WireModel):
 def _text_parts(value: object) -> object:
     if isinstance(value, str):
         return [{"type": "text", "text": value}]
+    if value is None:
+        return None
     if not isinstance(value, list):
         raise ValueError("must be a string or a list of text parts")
     return value
@@ -127,25 +130,40 @@ def _text_parts(value: object) -> object:
 class Message(WireModel):
     """A message of the conversation; `content` as a string or as text parts."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], Field(min_length=1), BeforeValidator(_text_parts)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[list[TextPart] | None, Field(min_length=1), BeforeValidator(_text_parts)] = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = Field(None, min_length=1, max_length=128)
 
     unsupported: ClassVar[Unsupported] = {
         "name": (),
         "refusal": (),
-        "tool_calls": ([],),
-        "tool_call_id": (),
         "function_call": (),
         "audio": (),
         "annotations": ([],),
     }
 
+    @model_validator(mode="after")
+    def _fields_fit_the_role(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise field_error("tool_calls", "only the assistant calls")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise field_error("tool_call_id", "a message of the role 'tool' answers a call, and no other does")
+        if self.content is None and not self.tool_calls:
+            raise field_error("content", "must be a string or a list of text parts")
+        return self
+
     @property
     def text(self) -> str:
-        return "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content or ())
+
+    @property
+    def template_role(self) -> str:
+        """`developer` is OpenAI's newer name for `system`; templates know the older one."""
+        return "system" if self.role == "developer" else self.role
 
 
-class ChatRequest(GenerationParams):
+class ChatRequest(GenerationParams, ToolParams):
     """Body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
@@ -165,13 +183,10 @@ class ChatRequest(GenerationParams):
         "functions": ([],),
         "modalities": (["text"],),
         "moderation": (),
-        "parallel_tool_calls": (),
         "prediction": (),
         "prompt_cache_options": (),
         "reasoning_effort": ("none",),
         "store": (False,),
-        "tool_choice": ("none",),
-        "tools": ([],),
         "verbosity": (),
         "web_search_options": (),
     }
@@ -182,6 +197,17 @@ class ChatRequest(GenerationParams):
             raise field_error("top_logprobs", "only allowed when 'logprobs' is true")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise field_error("max_tokens", "set either 'max_tokens' or 'max_completion_tokens', not both")
+        if self.structured_outputs is not None and self.may_call:
+            raise field_error("structured_outputs", "cannot be kept to where a tool may be called")
+        return self
+
+    @model_validator(mode="after")
+    def _results_answer_calls(self) -> Self:
+        called: set[str] = set()
+        for index, message in enumerate(self.messages):
+            called |= {call.id for call in message.tool_calls or ()}
+            if message.tool_call_id is not None and message.tool_call_id not in called:
+                raise field_error(f"messages[{index}].tool_call_id", "no message before it makes this call")
         return self
 
 

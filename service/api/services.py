@@ -10,6 +10,7 @@ from pydantic import SecretStr
 
 if TYPE_CHECKING:
     from adapters.store import AdapterStore
+    from service.api.tool_format import ToolFormat
     from service.config import Settings
     from service.engine.base_model import BaseModel
     from service.engine.engine import Engine
@@ -30,6 +31,7 @@ class Services:
     base: BaseModel
     engine: Engine
     grammars: GrammarCompiler
+    tool_format: ToolFormat
     metrics: Metrics
     tenants: Tenants
     files: Files

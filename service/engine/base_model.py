@@ -63,6 +63,16 @@ class BaseModel:
             digest.update(tensor_bytes(tensor))
         return digest.hexdigest()
 
+    @property
+    def chat_template(self) -> str:
+        """The template's text; the one for tools where there are several."""
+        return str(self.tokenizer.get_chat_template(tools=[{}]))
+
+    @property
+    def added_tokens(self) -> frozenset[str]:
+        """Texts that are one token each, whatever stands around them."""
+        return frozenset(self.tokenizer.get_added_vocab())
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

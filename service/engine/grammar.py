@@ -7,6 +7,7 @@ sequence and sees each sampled token once: a preempted sequence keeps it, since 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -27,6 +28,30 @@ LIMITS = LLParserLimits(
 
 Bits = NDArray[np.int32]
 """One bit per token, least significant first, padded to 32."""
+
+
+class AnyMatcher(Protocol):
+    """What the sampler and the engine need of a sequence's place in its grammar."""
+
+    error: str | None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether every token is allowed now, so that there is nothing to mask."""
+        ...
+
+    @property
+    def is_complete(self) -> bool: ...
+    def allowed(self, bits: Bits) -> None: ...
+    def consume(self, token_id: int) -> bool: ...
+
+
+class AnyGrammar(Protocol):
+    """What a request brings along."""
+
+    @property
+    def num_words(self) -> int: ...
+    def start(self, ignore_eos: bool = False) -> AnyMatcher: ...
 
 
 class Grammar:
@@ -53,7 +78,10 @@ class Grammar:
         return grammar
 
     def start(self, ignore_eos: bool = False) -> Matcher:
-        return Matcher(self._matcher.deep_copy(), self._ends.view(np.int32), ignore_eos)
+        return Matcher(self._matcher.deep_copy(), self._tokenizer, self._ends.view(np.int32), ignore_eos)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        return bytes(self._tokenizer.decode_bytes([token_id]))
 
     def accepts(self, text: str) -> bool:
         """Whether `text` is a whole sentence of the grammar."""
@@ -65,8 +93,11 @@ class Grammar:
 class Matcher:
     """Where one sequence stands in its grammar. Never raises: after a failure `error` says what it was."""
 
-    def __init__(self, matcher: LLMatcher, ends: Bits, ignore_eos: bool) -> None:
+    is_free = False
+
+    def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer, ends: Bits, ignore_eos: bool) -> None:
         self._matcher = matcher
+        self._tokenizer = tokenizer
         self._ends = ends
         self._ignore_eos = ignore_eos
         self.error: str | None = None
@@ -92,6 +123,12 @@ class Matcher:
     def consume(self, token_id: int) -> bool:
         """Take the sampled token in; False when the grammar has failed."""
         self._try(lambda: self._matcher.consume_token(token_id))
+        return self.error is None
+
+    def consume_text(self, written: bytes) -> bool:
+        """Take in the rest of a token that began before the grammar did; False when it does not fit."""
+        tokens = self._tokenizer.tokenize_bytes(written)
+        self._try(lambda: self._matcher.consume_tokens(tokens))
         return self.error is None
 
     def _try(self, step: Callable[[], object]) -> None:

@@ -83,11 +83,12 @@ def _reshaped(logits: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
 
 def _constrain(logits: torch.Tensor, sequences: Rows[Sequence]) -> None:
     """Leave to each row with a grammar only the tokens that may come next."""
-    matchers = {row: sequence.matcher for row, sequence in enumerate(sequences) if sequence.matcher is not None}
-    grammars = [s.request.sampling.grammar for s in sequences if s.request.sampling.grammar is not None]
+    matchers = {row: s.matcher for row, s in enumerate(sequences) if s.matcher is not None and not s.matcher.is_free}
     if not matchers:
         return
-    bits = np.empty((len(matchers), grammars[0].num_words), dtype=np.int32)
+    grammar = sequences[min(matchers)].request.sampling.grammar
+    assert grammar is not None, "a matcher comes from its request's grammar"
+    bits = np.empty((len(matchers), grammar.num_words), dtype=np.int32)
     for matcher, row_bits in zip(matchers.values(), bits, strict=True):
         matcher.allowed(row_bits)
     forbidden = np.unpackbits(bits.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little") == 0

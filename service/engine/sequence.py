@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.grammar import Grammar, Matcher
+from service.engine.grammar import AnyGrammar, AnyMatcher
 
 
 class FinishReason(StrEnum):
@@ -48,7 +48,7 @@ class SamplingParams:
     logprobs: int | None = None
     include_stop_str_in_output: bool = False
     logit_bias: tuple[tuple[int, float], ...] = ()
-    grammar: Grammar | None = None
+    grammar: AnyGrammar | None = None
 
     @property
     def reshapes_logits(self) -> bool:
@@ -154,7 +154,7 @@ class Sequence:
     first_scheduled: float | None = None
     token_times: list[float] = field(default_factory=list)
     num_crashes: int = 0
-    matcher: Matcher | None = field(init=False)
+    matcher: AnyMatcher | None = field(init=False)
 
     def __post_init__(self) -> None:
         sampling = self.request.sampling

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp
 from adapters.store import AdapterStore
 from service.api.ops import create_ops_app
 from service.api.services import Services
+from service.api.tool_format import ToolFormat
 from service.app import create_app
 from service.config import Settings
 from service.database import connect
@@ -118,6 +119,7 @@ def serve_fake(directory: Path, **settings: object) -> Iterator[Served]:
             base=cast(BaseModel, engine.base),
             engine=cast(Engine, engine),
             grammars=stack.enter_context(closing(GrammarCompiler(cast(BaseModel, engine.base)))),
+            tool_format=ToolFormat.of(engine.base),
             metrics=metrics,
             tenants=control.tenants,
             files=control.files,

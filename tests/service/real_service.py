@@ -16,6 +16,7 @@ from pydantic import SecretStr
 from adapters.store import AdapterStore
 from service.api.ops import create_ops_app
 from service.api.services import Services
+from service.api.tool_format import ToolFormat
 from service.app import create_app
 from service.config import Settings
 from service.database import connect
@@ -88,6 +89,7 @@ def serve_real(base: BaseModel, directory: Path) -> Iterator[RealService]:
             base=base,
             engine=engine,
             grammars=grammars,
+            tool_format=ToolFormat.of(base),
             metrics=metrics,
             tenants=control.tenants,
             files=control.files,

@@ -205,7 +205,6 @@ def test_a_prompt_that_leaves_no_room_for_the_answer_is_refused(shared_service: 
 @pytest.mark.parametrize(
     ("field", "value", "param"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}], "tools"),
         ("response_format", {"type": "json_object"}, "response_format"),
         ("logit_bias", {"x": 5}, "logit_bias"),
         ("logit_bias", {"-1": 5}, "logit_bias"),
@@ -244,7 +243,7 @@ def test_a_prompt_that_leaves_no_room_for_the_answer_is_refused(shared_service: 
         ("best_of", 2, "best_of"),
         ("nonsense", 1, "nonsense"),
         ("messages", [], "messages"),
-        ("messages", [{"role": "tool", "content": "x"}], "messages[0].role"),
+        ("messages", [{"role": "tool", "content": "x"}], "messages[0].tool_call_id"),
         ("messages", [{"role": "user", "content": None}], "messages[0].content"),
         ("messages", [{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0].type"),
         ("messages", [{"role": "user", "content": "x", "name": "bob"}], "messages[0].name"),

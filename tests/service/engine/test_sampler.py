@@ -105,12 +105,17 @@ class OnlyTokens:
     """A grammar and its matcher in one: the same tokens at every step."""
 
     num_words = 1
+    error: str | None = None
+    is_free = is_complete = False
 
     def __init__(self, *tokens: int) -> None:
         self.tokens = tokens
 
-    def start(self, ignore_eos: bool) -> OnlyTokens:
+    def start(self, ignore_eos: bool = False) -> OnlyTokens:
         return self
+
+    def consume(self, token_id: int) -> bool:
+        return token_id in self.tokens
 
     def allowed(self, bits: Any) -> None:
         bits[:] = sum(1 << token for token in self.tokens)
