@@ -66,8 +66,8 @@ def real_service(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @contextmanager
 def serve_real(base: BaseModel, directory: Path) -> Iterator[RealService]:
-    """The service on `base`, which is renamed to the `tiny` that the tests' control plane knows."""
-    base = replace(base, name="tiny")
+    """The service on `base`: as the `tiny` of the tests' control plane, and with room for tools in its prompts."""
+    base = replace(base, name="tiny", max_model_len=2048)
     with ExitStack() as stack:
         structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
         url = f"sqlite:///{directory / 'rootstock.db'}"
