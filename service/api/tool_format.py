@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from service.api.schemas import Message
 from service.api.tools import Function, Tool, ToolCall
 from service.engine.errors import ChatTemplateError
-from service.engine.grammar_source import JSON_OPTIONS, GrammarKind, GrammarSource, checked_schema
+from service.engine.grammar_source import JSON_OPTIONS, GrammarSource, checked_schema, own_lark
 
 MAX_CALLS = 32
 """Calls in one answer that must call."""
@@ -137,7 +137,7 @@ class ToolFormat:
             key = json.dumps(json.dumps(self.arguments))
             bodies.append(f'"{{" W? "\\"name\\"" W? ":" W? {name} W? "," W? {key} W? ":" W? arguments_{index} W? "}}"')
         body = "body: " + "\n    | ".join(bodies)
-        return GrammarSource(GrammarKind.LARK, "\n".join([start, call, body, *rules, _SPACE]), "tools")
+        return own_lark("\n".join([start, call, body, *rules, _SPACE]), "tools")
 
     def _tag(self, tag: str) -> str:
         return tag if self.tags_are_tokens else json.dumps(tag)

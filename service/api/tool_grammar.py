@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fastapi.concurrency import run_in_threadpool
+
 from service.api.schemas import ChatRequest
 from service.api.structured import format_source
 from service.api.tool_format import ToolFormat
@@ -25,13 +27,13 @@ async def tool_grammar(
         GrammarError: a schema cannot be kept to; `param` names it.
     """
     strict = await _argument_grammars(body, grammars)
-    functions, content = body.callable_functions, format_source(body.response_format, None)
-    grammar: AnyGrammar | None = None
-    if body.must_call:
-        grammar = await grammars.compile(tool_format.calls_grammar(functions, body.only_one_call))
-    elif content is not None:
+    functions, content = body.callable_functions, None
+    if not body.must_call and (content := await run_in_threadpool(format_source, body.response_format, None)):
         await grammars.compile(content)  # on its own, so that a complaint names it
-        grammar = await grammars.compile(tool_format.calls_grammar(functions, body.only_one_call, content))
+    grammar: AnyGrammar | None = None
+    if body.must_call or content is not None:
+        source = await run_in_threadpool(tool_format.calls_grammar, functions, body.only_one_call, content)
+        grammar = await grammars.compile(source)
     elif tool_format.begin:
         grammar = await _triggered(body, tool_format, grammars)
     checked = {} if grammar is not None else strict
@@ -45,14 +47,14 @@ async def _argument_grammars(body: ChatRequest, grammars: GrammarCompiler) -> di
     for index, function in body.callable_functions:
         if function.strict or body.must_call:
             param = f"tools[{index}].function.parameters"
-            source = grammar_source.json_schema(function.schema_of_arguments, param)
+            source = await run_in_threadpool(grammar_source.json_schema, function.schema_of_arguments, param)
             found[function.name] = await grammars.compile(source)
     return found
 
 
 async def _triggered(body: ChatRequest, tool_format: ToolFormat, grammars: GrammarCompiler) -> AnyGrammar | None:
     try:
-        call = await grammars.compile(tool_format.call_grammar(body.callable_functions))
+        call = await grammars.compile(await run_in_threadpool(tool_format.call_grammar, body.callable_functions))
     except GrammarsUnavailableError:
         return None
     return TriggeredGrammar(call, tool_format.begin, 1 if body.only_one_call else None)

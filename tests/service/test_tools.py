@@ -104,7 +104,7 @@ def checked(name: str, arguments: str) -> BaseModel:
 def test_a_call_that_must_come_always_parses(tuned: bool, service: RealService) -> None:
     model = service.tuned if tuned else "tiny"
     answer = service.client().chat.completions.create(
-        model=model, messages=MESSAGES, n=4, seed=3, parallel_tool_calls=False, **REQUIRED
+        model=model, messages=MESSAGES, n=2, seed=3, parallel_tool_calls=False, **REQUIRED
     )
     for choice in answer.choices:
         assert choice.finish_reason == "tool_calls" and choice.message.content is None
@@ -115,7 +115,7 @@ def test_a_call_that_must_come_always_parses(tuned: bool, service: RealService) 
 
 def test_several_calls_may_come_and_each_parses(service: RealService) -> None:
     counts = []
-    for seed in range(6):
+    for seed in range(2):
         answer = service.client().chat.completions.create(model="tiny", messages=MESSAGES, seed=seed, **REQUIRED)
         calls = answer.choices[0].message.tool_calls or []
         complete = calls if answer.choices[0].finish_reason == "tool_calls" else calls[:-1]
@@ -127,7 +127,7 @@ def test_several_calls_may_come_and_each_parses(service: RealService) -> None:
 
 
 def test_a_named_function_is_the_one_that_is_called(service: RealService) -> None:
-    for seed in range(3):
+    for seed in range(2):
         answer = service.client().chat.completions.create(
             model="tiny",
             messages=MESSAGES,
@@ -208,7 +208,7 @@ def test_a_free_answer_stays_free_where_tools_may_be_called(service: RealService
 
 def test_json_or_a_call_where_both_may_come(service: RealService) -> None:
     seen = set()
-    for seed in range(16):
+    for seed in range(8):
         answer = service.client().chat.completions.create(
             model="tiny",
             messages=MESSAGES,
@@ -264,7 +264,7 @@ def tagged(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rea
 def test_a_call_that_may_come_parses_when_it_comes(stream: bool, tagged: RealService) -> None:
     begin = tagged.base.tokenizer.convert_tokens_to_ids("<tool_call>")
     assert ToolFormat.of(tagged.base).tags_are_tokens
-    for seed in range(3):
+    for seed in range(2):
         asked: Any = {
             "model": tagged.tuned,
             "messages": MESSAGES,
@@ -285,7 +285,7 @@ def test_a_call_that_may_come_parses_when_it_comes(stream: bool, tagged: RealSer
 
 
 def test_tags_that_are_tokens_bind_required_calls_too(tagged: RealService) -> None:
-    answer = tagged.client().chat.completions.create(model="tiny", messages=MESSAGES, n=3, seed=3, **REQUIRED)
+    answer = tagged.client().chat.completions.create(model="tiny", messages=MESSAGES, n=2, seed=3, **REQUIRED)
     for choice in answer.choices:
         assert choice.message.tool_calls and choice.message.tool_calls[0].type == "function"
 
