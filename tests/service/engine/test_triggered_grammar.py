@@ -94,12 +94,12 @@ def test_a_forbidden_token_inside_is_an_error(base: BaseModel, digits: Grammar) 
 async def test_on_an_engine_every_trigger_is_followed_by_its_grammar(rig: Rig, digits: Grammar) -> None:
     triggered = TriggeredGrammar(digits, "~")
     [tilde] = [token for token in range(5, 512) if b"~" in digits.bytes_of(token)]
-    sampling: dict[str, Any] = {"temperature": 1.0, "max_tokens": 200}
-    bias = ((tilde, 3.0),)  # or it would come too rarely to show anything
+    sampling: dict[str, Any] = {"temperature": 1.0, "max_tokens": 80}
+    bias = ((tilde, 5.0),)  # or it would come too rarely to show anything
     bound = [
         rig.ask([7, 8, 9], adapter, seed=seed, grammar=triggered, logit_bias=bias, **sampling)
         for adapter in (None, *SPECS)
-        for seed in (1, 2)
+        for seed in (1,)
     ]
     free = [rig.tokens([7, 8, 9], a, seed=1, **sampling) for a in (None, *SPECS)]
     answers = await asyncio.gather(*bound)
@@ -111,7 +111,7 @@ async def test_on_an_engine_every_trigger_is_followed_by_its_grammar(rig: Rig, d
             found += 1
             assert re.match("[0-9]{3}!", part), part
         assert not parts or re.match("[0-9]{3}!|[0-9]{0,3}$", last), last
-    assert found > 20, "the trigger must come by itself, or this test shows nothing"
+    assert found > 10, "the trigger must come by itself, or this test shows nothing"
     assert await asyncio.gather(*free) == [await rig.tokens([7, 8, 9], a, seed=1, **sampling) for a in (None, *SPECS)]
 
 
