@@ -9,6 +9,11 @@ _DISTINCT = "LoRAX 0.72 (graphs), vLLM 0.76-0.92, on GPUs"
 _EVERYWHERE = {
     "idle ÷ base": Goal("≥", 0.99, "vLLM 0.986"),
     "32 distinct ÷ one": Goal("≥", 0.97, "Punica 1.01"),
+    "2000 registered ÷ 5 registered": Goal("≥", 0.97, "S-LoRA 0.945"),
+    "first token, 2 adapters per slot ÷ 1": Goal("≤", 2.0, "SGLang 158, PEFT LRU 44"),
+    "p99 between tokens during swaps ÷ before": Goal("≤", 1.1, ""),
+    "p99 first token beside a flood ÷ alone, 1 client": Goal("≤", 2.0, ""),
+    "p99 first token beside a flood ÷ alone, 8 clients": Goal("≤", 2.0, ""),
     "HTTP ÷ engine": Goal("≥", 0.95, ""),
     "training ÷ PEFT": Goal("≥", 2.0, "Unsloth 2 (vendor), packing 3.4 (torchtune)"),
     "p99 beside training ÷ alone, half load": Goal("≤", 1.25, ""),

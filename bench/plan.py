@@ -26,6 +26,10 @@ class Plan:
     co_serving_seconds: float = 6.0
     """How long each state (serving alone, training alone, both) is watched in a round."""
 
+    tier_rounds: int = 3
+    tier_requests: int = 128
+    """Of all clients together, in one round of each variant."""
+
     @classmethod
     def whole(cls, cuda: bool) -> Plan:
         return cls(sizes=CUDA if cuda else CPU)
@@ -42,6 +46,8 @@ class Plan:
             streaming_tokens=16,
             training_rounds=1,
             training_steps=2,
+            tier_rounds=1,
+            tier_requests=16,
             co_serving_rounds=1,
             co_serving_seconds=1.0,
         )

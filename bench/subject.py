@@ -74,9 +74,9 @@ def lora_spec(sizes: Sizes) -> LoraSpec:
     return LoraSpec(r=sizes.r, lora_alpha=2.0 * sizes.r)
 
 
-def random_adapter(sizes: Sizes, base: BaseSignature, seed: int) -> LoraWeights:
+def random_adapter(sizes: Sizes, base: BaseSignature, seed: int, spec: LoraSpec | None = None) -> LoraWeights:
     """Small normal weights in every module, so that no kernel meets a zero or an infinity it could skip."""
-    spec = lora_spec(sizes)
+    spec = spec or lora_spec(sizes)
     generator = torch.Generator().manual_seed(seed)
 
     def normal(rows: int, columns: int) -> torch.Tensor:

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench import report, results
+from bench import report, results, tiers
 from bench.__main__ import NAMES
+from bench.goals import goal
 from bench.measurement import Goal, interleave, quantity, ratio
 from bench.plan import Plan
+from bench.registered import registered
 from bench.run import MEASUREMENTS, run
-from bench.subject import Sizes
+from bench.subject import Sizes, prepare
 
 MICRO = Sizes(hidden=64, layers=2, ffn=128, heads=2, kv_heads=1, vocabulary=512, positions=128, r=4)
 FIELDS = {"name", "value", "low", "high", "unit", "rounds", "ratio", "goal", "met", "reference"}
@@ -106,3 +108,32 @@ def test_the_document_carries_the_numbers_of_the_newest_file() -> None:
     generated = f"{report.markdown(newest)}\n" if newest else ""
     assert f"{report.BEGIN}\n{generated}{report.END}" in report.DOCUMENT.read_text()
     assert newest is None or not newest["quick"]
+
+
+def test_every_row_of_the_tiers_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiers, "MANY", 40)
+    monkeypatch.setattr(tiers, "LONG_ANSWER_TOKENS", 40)
+    plan = replace(Plan.quick(cuda=False), sizes=MICRO, num_rows=32)
+    (entries,) = run(plan, ["tiers"], lambda step: None).values()
+    with_goals = {entry.name: str(entry.goal) for entry in entries if entry.goal}
+    assert with_goals == {
+        "first token, 2 adapters per slot ÷ 1": "≤ 2",
+        "p99 between tokens during swaps ÷ before": "≤ 1.1",
+        "p99 first token beside a flood ÷ alone, 1 client": "≤ 2",
+        "p99 first token beside a flood ÷ alone, 8 clients": "≤ 2",
+    }
+    assert all(0 < entry.low <= entry.value <= entry.high for entry in entries)
+    assert "40 registered ÷ 5 registered" in [entry.name for entry in entries]
+    assert goal("2000 registered ÷ 5 registered", cuda=False) is not None
+
+
+def test_every_registered_adapter_is_found_and_can_be_read(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    subject = prepare(base, MICRO, 1)
+    models = tmp_path / "models"
+    models.mkdir()
+    with registered(subject, models, 12) as found:
+        digests = [found.digest(number) for number in range(12)]
+        assert len(set(digests)) == 12
+        assert all(found.load(digest).max_rank == 8 for digest in digests)
