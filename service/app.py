@@ -128,6 +128,7 @@ def _engine_config(settings: Settings) -> EngineConfig:
         max_lora_rank=settings.max_lora_rank,
         max_host_adapters=settings.max_host_adapters,
         host_adapter_bytes=settings.host_adapter_bytes,
+        prefix_cache=settings.prefix_cache,
         max_waiting=settings.max_waiting,
         cuda_graphs=settings.cuda_graphs,
     )

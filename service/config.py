@@ -67,6 +67,11 @@ class Settings(BaseSettings):
     kv_cache_bytes: ByteSize = Field(
         ByteSize(512 * MIB), ge=MIB, description="Memory for keys and values, e.g. 512MiB."
     )
+    prefix_cache: Literal["tenant", "shared", "off"] = Field(
+        "tenant",
+        description="Who may reuse computed prompt beginnings: the same tenant, all tenants (one can then tell by the"
+        " response time that another asked the same), nobody.",
+    )
     max_lora_slots: int = Field(32, ge=1, description="Adapters resident on the device at once.")
     max_lora_rank: int = Field(64, ge=1, le=1024, description="Largest adapter rank accepted.")
     max_host_adapters: int = Field(256, ge=1, description="Adapters kept in host memory, ready for a slot.")

@@ -98,6 +98,10 @@ class Metrics:
         exemplar = origin.exemplar if origin else None
         self._tokens.labels("prompt").inc(report.num_prompt_tokens)
         self._tokens.labels("completion").inc(report.num_output_tokens)
+        if report.num_cached_tokens is not None:
+            self._tokens.labels("cached").inc(report.num_cached_tokens)
+            self._prefix_cache_queries.inc(report.num_prompt_tokens)
+            self._prefix_cache_hits.inc(report.num_cached_tokens)
         if report.queue_seconds is not None:
             self._queue_wait.labels(operation).observe(report.queue_seconds, exemplar)
         if report.ttft_seconds is not None:
@@ -148,6 +152,8 @@ class Metrics:
     def _define_request_metrics(self) -> None:
         self._requests = self._counter("requests", "API requests answered.", "operation", "outcome")
         self._tokens = self._counter("tokens", "Tokens processed.", "type")
+        self._prefix_cache_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up there.")
+        self._prefix_cache_hits = self._counter("prefix_cache_hits", "Prompt tokens found there, not computed.")
         self._time_to_first_token = self._histogram(
             "time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS, "operation"
         )
@@ -214,7 +220,7 @@ def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
 def _engine_gauges(stats: EngineStats) -> Iterator[Metric]:
     yield _gauge("rootstock_requests_running", "Sequences being decoded.", stats.num_running)
     yield _gauge("rootstock_requests_waiting", "Sequences waiting for their turn.", stats.num_waiting)
-    yield _gauge("rootstock_kv_cache_usage_ratio", "Share of the KV cache in use.", stats.kv_usage)
+    yield _gauge("rootstock_kv_cache_usage_ratio", "Share of the KV cache in use, kept prefixes not.", stats.kv_usage)
     yield CounterMetricFamily(
         "rootstock_engine_restarts", "Times the engine crashed and came back.", value=stats.num_restarts
     )

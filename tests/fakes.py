@@ -67,6 +67,7 @@ class FakeEngine:
     fails_after: int | None = None
     endless: bool = False
     first_step_blocked: bool = False
+    cached: dict[str, int] = field(default_factory=dict)  # tokens by the index of the choice
     observer: EngineObserver | None = None
     base: FakeBase = field(default_factory=FakeBase)
     requests: list[GenerationRequest] = field(default_factory=list)
@@ -187,6 +188,7 @@ class FakeEngine:
             num_prompt_tokens=len(request.prompt_token_ids),
             num_output_tokens=num_output_tokens,
             error=error,
+            num_cached_tokens=self.cached.get(request.request_id.rsplit("-", 1)[-1], 0),
         )
 
 

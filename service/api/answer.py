@@ -30,7 +30,7 @@ from service.tenants import Tenant
 NUM_SEEDS = 2**63
 """The engine's seeds lie in 0 … 2**63 - 1; those of clients are 64-bit and signed."""
 
-Usage = Mapping[str, int]
+Usage = Mapping[str, int | Mapping[str, int]]
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,18 @@ class AnswerShape(Protocol):
 
 
 class _TokenCount:
-    """Adds up the usage. A prompt counts once, however many choices it gets."""
+    """Adds up the usage. A prompt counts once, however many choices it gets; cached is what none of them computed."""
 
     def __init__(self, num_choices_per_prompt: int) -> None:
         self._per_prompt = num_choices_per_prompt
         self._prompt: dict[int, int] = {}
         self._completion: dict[int, int] = {}
+        self._cached: dict[int, int] = {}
 
     def add(self, index: int, chunk: OutputChunk) -> None:
-        self._prompt[index // self._per_prompt] = chunk.num_prompt_tokens
+        prompt = index // self._per_prompt
+        self._prompt[prompt] = chunk.num_prompt_tokens
+        self._cached[prompt] = min(chunk.num_cached_tokens, self._cached.get(prompt, chunk.num_cached_tokens))
         self._completion[index] = chunk.num_output_tokens
 
     def usage(self) -> Usage:
@@ -88,6 +91,7 @@ class _TokenCount:
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
         }
 
 

@@ -21,6 +21,7 @@ from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractContextManager, aclosing, nullcontext, suppress
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -36,9 +37,10 @@ from service.engine.crash_limit import CrashLimit
 from service.engine.detokenizer import TokenBytes
 from service.engine.errors import EmbeddingFailedError, EngineDeadError, QueueFullError, RequestRejectedError
 from service.engine.kernel_forward import kernel_forward
-from service.engine.kv_cache import KvCache
+from service.engine.kv_cache import KvCache, block_tokens
 from service.engine.observation import EngineObserver, EngineStats
 from service.engine.pooling import embedding, watch_hidden_states
+from service.engine.prefix_cache import PrefixCache
 from service.engine.residency import Residency
 from service.engine.response import Response
 from service.engine.runner import Runner, probe_layers
@@ -74,6 +76,7 @@ class EngineConfig:
     host_adapter_bytes: int = 4 << 30
     max_waiting: int = 1024
     cuda_graphs: bool = True
+    prefix_cache: Literal["tenant", "shared", "off"] = "tenant"
 
 
 @dataclass(frozen=True)
@@ -276,6 +279,7 @@ class Engine:
             max_model_len=base.max_model_len,
             dtype=base.dtype,
             device=base.device,
+            block=block_tokens(config.prefill_chunk),
         )
         slots = AdapterSlots(
             base.lora_sites.values(),
@@ -286,7 +290,9 @@ class Engine:
             host=self._host,
             observer=self._observer,
         )
-        self._residency = Residency(cache, slots)
+        shared = config.prefix_cache == "shared"
+        prefixes = None if config.prefix_cache == "off" else PrefixCache(cache, shared=shared)
+        self._residency = Residency(cache, slots, prefixes)
         self._scheduler = Scheduler(
             self._residency,
             max_num_seqs=config.max_num_seqs,
@@ -346,7 +352,7 @@ class Engine:
                 if request_id in self._responses:
                     self._finish(request_id, FinishReason.ABORT)
             case _Retire(digest=digest):
-                self._residency.slots.retire(digest)
+                self._residency.retire(digest)
 
     def _next_deadline(self) -> float | None:
         while self._deadlines and self._deadlines[0][1] not in self._responses:
@@ -401,6 +407,8 @@ class Engine:
         self._last_step_at = now
         for work in plan.work:
             work.sequence.num_computed += work.num_tokens
+            if work.is_prefill:
+                self._residency.keep(work.sequence)
         for sequence, token in sampled:
             sequence.output_token_ids.append(token.token_id)
             sequence.token_times.append(now)
@@ -445,7 +453,9 @@ class Engine:
             return
         try:
             is_last = len(sequence.output_token_ids) >= sequence.max_tokens
-            reason = self._responses[request_id].response.add(token, is_last)
+            response = self._responses[request_id].response
+            response.num_cached_tokens = sequence.num_cached_tokens or 0
+            reason = response.add(token, is_last)
         except Exception:  # a fault in one answer's text must not touch the others
             logger.exception("engine.response_failed", extra={"request_id": request_id})
             self._finish(request_id, FinishReason.ERROR, "internal error while writing the answer")

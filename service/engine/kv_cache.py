@@ -4,13 +4,18 @@ A slab taken from the free list serves one size class (64, 96, 128, 192, ... tok
 last row is freed. A sequence owns one row and moves to the next class when it outgrows it, so attention reads
 its keys in place, padded to less than 1.5 times its length, with no gather. A row's capacity depends only on the
 sequence's own length: what a sequence computes does not depend on who else is in the cache.
+
+Slabs that nobody needs may hold *blocks*: copies of computed tokens, a few each, which the prefix cache keeps. They
+count as free memory: a slab of blocks is emptied for the first row that needs it.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from math import gcd
 
 import numpy as np
 import torch
@@ -18,6 +23,15 @@ import torch
 from adapters import jit
 
 _SMALLEST_ROW = 64
+_BLOCK = 32
+_SMALLEST_BLOCK = 8
+_ALIGNMENT = 64  # bytes
+
+
+def block_tokens(prefill_chunk: int) -> int:
+    """Tokens of a block: the grid on which prompts are cut for attention and for reuse. Chunks are whole blocks."""
+    block = gcd(prefill_chunk, _BLOCK)
+    return block if block >= _SMALLEST_BLOCK else prefill_chunk
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,7 @@ class Row:
 @dataclass
 class _Slab:
     capacity: int
-    free: list[int]
+    free: list[int]  # a heap: lowest rows first, so that neighbours share a matmul
     num_rows: int
 
 
@@ -93,7 +107,9 @@ class KvCache:
         max_model_len: int,
         dtype: torch.dtype,
         device: torch.device,
+        block: int = _BLOCK,
     ) -> None:
+        self.block = block
         self.slab_tokens = -(-max_model_len // _SMALLEST_ROW) * _SMALLEST_ROW
         self.classes = size_classes(self.slab_tokens)
         per_token = sum(s.num_kv_heads * (s.key_dim + s.value_dim) for s in layers) * dtype.itemsize
@@ -116,6 +132,10 @@ class KvCache:
         self.device = device
         self._free_slabs = list(range(self.num_slabs - 1, -1, -1))
         self._slabs: dict[int, _Slab] = {}
+        self._open: dict[int, dict[int, None]] = {}  # slabs with a free row, by capacity
+        self._block_slabs: set[int] = set()
+        self.empty_block_slab: Callable[[], None] | None = None
+        """Frees every block of one slab; called when a row needs a slab and only blocks are in the way."""
 
     def close(self) -> None:
         """Give the memory back."""
@@ -128,32 +148,55 @@ class KvCache:
 
     def has_room(self, num_tokens: int) -> bool:
         """Whether a sequence of `num_tokens` would find a row now."""
-        capacity = self.row_for(num_tokens)
-        return bool(self._free_slabs) or any(s.capacity == capacity and s.free for s in self._slabs.values())
+        return bool(self._free_slabs or self._block_slabs or self._open.get(self.row_for(num_tokens)))
 
     def allocate(self, num_tokens: int) -> Row:
-        """A row for a sequence of `num_tokens`.
+        """A row for a sequence of `num_tokens`. Blocks make way for it.
 
         Raises:
             KvCacheFullError: the budget is used up for this size.
         """
         capacity = self.row_for(num_tokens)
-        slab_id = next((i for i, s in self._slabs.items() if s.capacity == capacity and s.free), None)
-        if slab_id is None:
+        if not self._open.get(capacity):
+            if not self._free_slabs and self._block_slabs:
+                assert self.empty_block_slab is not None, "blocks have an owner"
+                self.empty_block_slab()
             if not self._free_slabs:
                 raise KvCacheFullError(f"no slab left for a row of {capacity} tokens")
-            slab_id = self._free_slabs.pop()
-            num_rows = self.slab_tokens // capacity
-            self._slabs[slab_id] = _Slab(capacity, list(range(num_rows - 1, -1, -1)), num_rows)
-        return Row(slab_id, self._slabs[slab_id].free.pop(), capacity)
+            self._open_slab(capacity)
+        return self._take(capacity)
+
+    def allocate_block(self) -> Row | None:
+        """A place for a block where nothing else is; None when that would take the last free slab."""
+        if not self._open.get(self.block):
+            if len(self._free_slabs) < 2:
+                return None
+            self._block_slabs.add(self._open_slab(self.block))
+        return self._take(self.block)
 
     def free(self, row: Row) -> None:
-        slab = self._slabs[row.slab]
-        slab.free.append(row.index)
-        slab.free.sort(reverse=True)  # lowest rows first: neighbours share a matmul
+        """Give back a row or a block."""
+        slab, slabs = self._slabs[row.slab], self._open.setdefault(row.capacity, {})
+        heappush(slab.free, row.index)
+        slabs[row.slab] = None
         if len(slab.free) == slab.num_rows:
-            del self._slabs[row.slab]
+            del self._slabs[row.slab], slabs[row.slab]
+            self._block_slabs.discard(row.slab)
             self._free_slabs.append(row.slab)
+
+    def _open_slab(self, capacity: int) -> int:
+        slab_id, num_rows = self._free_slabs.pop(), self.slab_tokens // capacity
+        self._slabs[slab_id] = _Slab(capacity, list(range(num_rows)), num_rows)
+        self._open.setdefault(capacity, {})[slab_id] = None
+        return slab_id
+
+    def _take(self, capacity: int) -> Row:
+        slab_id = next(iter(self._open[capacity]))
+        slab = self._slabs[slab_id]
+        index = heappop(slab.free)
+        if not slab.free:
+            del self._open[capacity][slab_id]
+        return Row(slab_id, index, capacity)
 
     def grow(self, row: Row, num_tokens: int, num_computed: int) -> Row:
         """Move a sequence to a row that holds `num_tokens`; its first `num_computed` tokens come along."""
@@ -184,6 +227,27 @@ class KvCache:
     def _line(self, row: Row, num_kv_heads: int) -> int:
         return self.first_token(row) * num_kv_heads
 
+    def copy(self, source: Sequence[tuple[Row, int]], target: Sequence[tuple[Row, int]]) -> None:
+        """Copy blocks of keys and values; each is a row and the position in it where the block starts."""
+        lines: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for stack in self._stacks:
+            if stack.num_kv_heads not in lines:
+                lines[stack.num_kv_heads] = (
+                    self._block_lines(source, stack.num_kv_heads),
+                    self._block_lines(target, stack.num_kv_heads),
+                )
+            old, new = lines[stack.num_kv_heads]
+            stack.tensor.index_copy_(1, new, stack.tensor.index_select(1, old))
+
+    def _block_lines(self, blocks: Sequence[tuple[Row, int]], num_kv_heads: int) -> torch.Tensor:
+        """Head by head within a block: [blocks * num_kv_heads * block]."""
+        table = np.array(
+            [[self._line(row, num_kv_heads) + start, row.capacity] for row, start in blocks], dtype=np.int64
+        )
+        heads = table[:, :1] + table[:, 1:] * np.arange(num_kv_heads)
+        lines = heads[:, :, None] + np.arange(self.block)
+        return torch.from_numpy(lines.reshape(-1)).to(self.device)
+
     def destinations(self, rows: Sequence[Row], positions: Sequence[int], num_kv_heads: int) -> torch.Tensor:
         """Buffer lines for tokens at (row, position): [tokens * num_kv_heads], head by head within a token."""
         row = np.array([[r.slab, r.index, r.capacity] for r in rows], dtype=np.int64)
@@ -194,14 +258,23 @@ class KvCache:
 
     @property
     def usage(self) -> float:
-        """Share of the budget's rows in use, counting a slab by its used rows. 0 is empty, 1 is full."""
-        used = sum((s.num_rows - len(s.free)) / s.num_rows for s in self._slabs.values())
+        """Share of the budget's rows in use, a slab by its used rows. 0 is empty, 1 is full. Blocks are free."""
+        used = sum((s.num_rows - len(s.free)) / s.num_rows for s in self._slabs.values() if s.capacity != self.block)
         return used / self.num_slabs
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(self._slabs[slab].num_rows - len(self._slabs[slab].free) for slab in self._block_slabs)
 
 
 def _zeros(layers: int, lines: int, dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros, not garbage: a masked key of NaN would still poison its row. On CPU the pages come when used."""
+    """Zeros, not garbage: a masked key of NaN would still poison its row. On CPU the pages come when used.
+
+    Aligned like all tensors: some products of float32 round differently where they are not.
+    """
     if device.type != "cpu":
         return torch.zeros(layers, lines, dim, dtype=dtype, device=device)
-    raw = np.zeros(layers * lines * dim * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(raw).view(dtype).view(layers, lines, dim)
+    size = layers * lines * dim * dtype.itemsize
+    raw = np.zeros(size + _ALIGNMENT, dtype=np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(raw[start : start + size]).view(dtype).view(layers, lines, dim)

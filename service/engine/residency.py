@@ -10,8 +10,12 @@ import torch
 from adapters.errors import NoFreeSlotError
 from adapters.slots import AdapterSlots
 from service.engine.kv_cache import KvCache, KvCacheFullError, Row
+from service.engine.prefix_cache import PrefixCache
 from service.engine.scheduler import Admission
 from service.engine.sequence import Sequence
+
+_TOKENS_AHEAD = 8
+"""Room for the answer's first tokens: a prompt that just fits a row would move at once."""
 
 
 @dataclass
@@ -29,9 +33,10 @@ class Place:
 class Residency:
     """Gives and takes places; the scheduler's `Resources`."""
 
-    def __init__(self, cache: KvCache, slots: AdapterSlots) -> None:
+    def __init__(self, cache: KvCache, slots: AdapterSlots, prefixes: PrefixCache | None = None) -> None:
         self.cache = cache
         self.slots = slots
+        self.prefixes = prefixes
         self._places: dict[Sequence, Place] = {}
 
     def __getitem__(self, sequence: Sequence) -> Place:
@@ -42,7 +47,7 @@ class Residency:
         if not self.cache.has_room(sequence.num_tokens):  # a preempted one comes back when all of it fits
             return Admission.FULL
         try:
-            row = self.cache.allocate(sequence.num_prompt_tokens)
+            row = self.cache.allocate(min(sequence.num_prompt_tokens + _TOKENS_AHEAD, self.cache.slab_tokens))
         except KvCacheFullError:
             return Admission.FULL
         slot: int | None = None
@@ -59,6 +64,18 @@ class Residency:
         self._places[sequence] = Place(row, slot)
         return Admission.STARTED
 
+    def match(self, sequence: Sequence) -> int | None:
+        return 0 if self.prefixes is None else self.prefixes.match(sequence)
+
+    def fetch(self, sequence: Sequence, num_tokens: int) -> None:
+        if self.prefixes is not None:
+            self.prefixes.fetch(sequence, self._places[sequence].row, num_tokens)
+
+    def keep(self, sequence: Sequence) -> None:
+        """Let others start from what the sequence has just computed of its prompt."""
+        if self.prefixes is not None:
+            self.prefixes.keep(sequence, self._places[sequence].row)
+
     def extend(self, sequence: Sequence, num_tokens: int) -> bool:
         place = self._places[sequence]
         try:
@@ -70,8 +87,16 @@ class Residency:
     def release(self, sequence: Sequence) -> None:
         place = self._places.pop(sequence)
         self.cache.free(place.row)
+        if self.prefixes is not None:
+            self.prefixes.leave(sequence)
         if sequence.request.adapter is not None:
             self.slots.release(sequence.request.adapter)
+
+    def retire(self, digest: str) -> None:
+        """Forget a deleted adapter and what was computed with it."""
+        self.slots.retire(digest)
+        if self.prefixes is not None:
+            self.prefixes.drop(digest)
 
     def close(self) -> None:
         """Give the memory back, whoever still refers to this. Nothing can be computed with it any more."""
@@ -89,3 +114,5 @@ class Residency:
         if not holding:
             assert self.cache.usage == 0, "cache rows leaked"
             assert not self.slots.references(), "adapter references leaked"
+        if self.prefixes is not None:
+            self.prefixes.check_integrity(is_idle=not holding)

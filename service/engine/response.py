@@ -34,6 +34,7 @@ class Response:
         self._eos_ids = frozenset() if sampling.ignore_eos else base.eos_token_ids
         self._text = Detokenizer(base.tokenizer, token_bytes, sampling.stop, sampling.include_stop_str_in_output)
         self._num_tokens = 0
+        self.num_cached_tokens = 0
         self._pending_text = ""
         self._pending_ids: list[int] = []
         self._pending_logprobs: list[TokenLogprob] = []
@@ -80,6 +81,7 @@ class Response:
             num_output_tokens=self._num_tokens,
             error=error,
             embedding=embedding,
+            num_cached_tokens=self.num_cached_tokens,
         )
         self._pending_text, self._pending_ids, self._pending_logprobs = "", [], []
         self._on_chunk(chunk)

@@ -3,6 +3,7 @@
 Each step: running sequences decode one token; then prompt chunks and admissions, the least served tenant's first
 (`waiting.py`), while seats, token budget, cache and adapter slots last. Chunks lie on a fixed grid of the prompt, never
 cut to fit a step, so a sequence is computed in the same pieces whoever else is running.
+A prompt starts behind what is known of it; while another sequence is just computing more of it, it waits in its seat.
 
 Seats are shared too. When all are taken, a tenant with less than its equal share of them takes one from the tenant with
 the most above its own: that sequence is *paused*. It keeps its cache row and adapter slot, loses no work, and goes on
@@ -23,6 +24,9 @@ from service.engine.waiting import TokenCounters, WaitingQueue, background
 
 _DECODE_WEIGHT = 2.0
 """What a generated token counts beside one of the prompt (arXiv 2401.00588)."""
+
+_CACHED_WEIGHT = 0.1
+"""What a prompt token that was known already counts beside one that is computed."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,12 @@ class Resources(Protocol):
 
     def acquire(self, sequence: Sequence) -> Admission:
         """Cache row and adapter slot for a sequence that starts."""
+
+    def match(self, sequence: Sequence) -> int | None:
+        """Prompt tokens known already; None while a running sequence is computing more of them, sure to go on."""
+
+    def fetch(self, sequence: Sequence, num_tokens: int) -> None:
+        """Put the known tokens in place, as many as `match` said; the rest will be computed now."""
 
     def extend(self, sequence: Sequence, num_tokens: int) -> bool:
         """Make room for this many tokens; False when the cache is full."""
@@ -144,8 +154,7 @@ class Scheduler:
         if not self._preempted_now and (claimants := self._claimants()):
             budget = self._admit(claimants, plan, budget, prefilling)
         for sequence in prefilling:
-            if sequence.status is SequenceStatus.RUNNING:
-                budget -= self._plan_chunk(sequence, plan, budget)
+            budget -= self._plan_chunk(sequence, plan, budget)
         plan.decodes = [w for w in plan.decodes if w.sequence.status is SequenceStatus.RUNNING]
         plan.prefills = [w for w in plan.prefills if w.sequence.status is SequenceStatus.RUNNING]
         for work in plan.work:
@@ -170,7 +179,7 @@ class Scheduler:
         for sequence in self.waiting.in_order(claimants, self._served, self.prefill_chunk):
             while prefilling and self._merit(prefilling[0]) <= self._merit(sequence):
                 budget -= self._plan_chunk(prefilling.popleft(), plan, budget)
-            if self._first_tokens(sequence) > budget or not self._seat(sequence):
+            if not self._fits(sequence, budget) or not self._seat(sequence):
                 break
             if sequence in self.paused:
                 self._resume(sequence)
@@ -273,18 +282,42 @@ class Scheduler:
 
     def _plan_chunk(self, sequence: Sequence, plan: Plan, budget: int) -> int:
         """Plan the sequence's next chunk if the whole of it fits; returns the tokens taken."""
-        left = sequence.num_prompt_tokens - sequence.num_computed
-        length = min(left, self.prefill_chunk)
+        if sequence.status is not SequenceStatus.RUNNING:  # it has just made way for another
+            return 0
+        known = sequence.num_computed or self._resources.match(sequence)
+        if known is None:
+            return 0
+        length = self._chunk_length(sequence, known)
         if length > budget:
             return 0
-        samples = length == left and not sequence.output_token_ids and not sequence.needs_all_hidden
+        if sequence.num_computed == 0:
+            self._start_prompt(sequence, known)
+        is_last = length == sequence.num_prompt_tokens - known
+        samples = is_last and not sequence.output_token_ids and not sequence.needs_all_hidden
         plan.prefills.append(Work(sequence, length, True, samples))
         return length
 
-    def _first_tokens(self, sequence: Sequence) -> int:
-        """Budget for its first step. Replays and resumed decoding take one token at a time."""
-        left = sequence.num_prompt_tokens - sequence.num_computed
-        return min(left, self.prefill_chunk) if left > 0 else 1
+    def _chunk_length(self, sequence: Sequence, position: int) -> int:
+        """Tokens from here to the next line of the grid, or to the prompt's end."""
+        return min(sequence.num_prompt_tokens - position, self.prefill_chunk - position % self.prefill_chunk)
+
+    def _start_prompt(self, sequence: Sequence, num_known: int) -> None:
+        self._resources.fetch(sequence, num_known)
+        sequence.num_computed = num_known
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = num_known
+            self.counters.charge(sequence.request.tenant, num_known * _CACHED_WEIGHT)
+
+    def _fits(self, sequence: Sequence, budget: int) -> bool:
+        """Whether the budget holds its first step. Replays and resumed decoding take one token at a time."""
+        if not sequence.is_prefill:
+            return budget > 0
+        if self._chunk_length(sequence, sequence.num_computed) <= budget:
+            return True
+        if sequence.num_computed:
+            return False
+        known = self._resources.match(sequence)
+        return known is None or self._chunk_length(sequence, known) <= budget
 
     def _charge(self, work: Work) -> None:
         """Count each token once: what is replayed after a preemption serves nobody."""

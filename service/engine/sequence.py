@@ -105,11 +105,15 @@ class OutputChunk:
     num_output_tokens: int
     error: str | None = None
     embedding: NDArray[np.float32] | None = None
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class SequenceReport:
-    """One finished sequence, for whoever observes the engine. Times in seconds."""
+    """One finished sequence, for whoever observes the engine. Times in seconds.
+
+    `num_cached_tokens` of the prompt were not computed but copied; None when it never started.
+    """
 
     request_id: str
     tenant: str
@@ -121,6 +125,7 @@ class SequenceReport:
     ttft_seconds: float | None
     e2e_seconds: float
     inter_token_seconds: tuple[float, ...]
+    num_cached_tokens: int | None = None
 
 
 class SequenceStatus(Enum):
@@ -136,6 +141,7 @@ class Sequence:
     """The engine's record of a request: its tokens and how many of them have their KV in the cache.
 
     Invariant: `num_computed <= len(tokens)`; the sequence samples only when one token is left to compute.
+    `num_cached_tokens` of the prompt were copied when it first started, not computed.
     A preempted sequence starts again at `num_computed = 0`: its prompt is prefilled on the same chunk grid
     and its output tokens are decoded one by one again, so its KV gets the same bits as before.
     """
@@ -151,6 +157,7 @@ class Sequence:
     """Tokens counted for its tenant; a replay after preemption is not counted again."""
     num_passed: int = 0
     """How many later requests started while this one found no adapter slot."""
+    num_cached_tokens: int | None = None
     first_scheduled: float | None = None
     token_times: list[float] = field(default_factory=list)
     num_crashes: int = 0
@@ -203,4 +210,5 @@ class Sequence:
             ttft_seconds=times[0] - self.arrival if times else None,
             e2e_seconds=now - self.arrival,
             inter_token_seconds=tuple(b - a for a, b in pairwise(times)),
+            num_cached_tokens=self.num_cached_tokens,
         )

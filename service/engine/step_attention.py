@@ -1,8 +1,9 @@
 """Attention of one engine step over the slab cache. Knows rows and positions, not sequences or models.
 
-Row invariance: each decode row is computed alone, each prefill chunk attends alone. On CPU a compiled kernel decodes;
-elsewhere each row is its own [group, head_dim] x [head_dim, capacity] product inside a batched matmul. SDPA is not used
-for decoding: its CPU kernel splits keys by the number of rows, so a row's bits would depend on the crowd.
+Row invariance: each decode row is computed alone; each block of a prompt attends alone, to the keys up to its end,
+wherever its chunk starts and stops. On CPU a compiled kernel decodes; elsewhere each row is its own
+[group, head_dim] x [head_dim, capacity] product inside a batched matmul. SDPA is not used for decoding: its CPU kernel
+splits keys by the number of rows, so a row's bits would depend on the crowd.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
 from adapters import jit
 from service.engine.attention_cpu import decode_rows
 from service.engine.kv_cache import KvCache, Row
+
+_LEAST_ROWS = 4
+"""Blocks of fewer tokens are padded: on CPU a float32 product of one row rounds by where in memory things lie."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class StepAttention:
     def __post_init__(self) -> None:
         self._lines: dict[tuple[int, int], torch.Tensor] = {}
         self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
+        self._block_masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
 
     def attend(
         self,
@@ -144,31 +150,58 @@ class StepAttention:
         window: int | None,
         softcap: float | None,
     ) -> torch.Tensor:
+        """Block by block of the prompt's grid, so that a token's bits do not depend on where its chunk starts."""
         buffer = self.cache.layers[layer]
-        length = chunk.position + chunk.stop - chunk.start
         keys, values = (
-            self.cache.rows(b, buffer.num_kv_heads, chunk.row, chunk.row.index + 1)[:, :length]
+            self.cache.rows(b, buffer.num_kv_heads, chunk.row, chunk.row.index + 1)
             for b in (buffer.keys, buffer.values)
         )
-        query = q[:, chunk.start : chunk.stop]
-        at = torch.arange(chunk.position, length, device=q.device)[:, None]
-        key_at = torch.arange(length, device=q.device)
-        mask = key_at <= at
-        if window is not None:
-            mask &= key_at > at - window
-        if softcap is not None:
-            return softcapped(query, keys, values, mask, scale, softcap).transpose(0, 1)
-        simple = chunk.position == 0 and (window is None or window >= length)
+        outputs, end, to_batch = [], chunk.position + chunk.stop - chunk.start, chunk.start - chunk.position
+        for start in range(chunk.position, end, self.cache.block):
+            stop = min(end, start + self.cache.block)
+            query = q[:, start + to_batch : stop + to_batch]
+            outputs.append(self._block(start, query, keys[:, :stop], values[:, :stop], scale, window, softcap))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _block(
+        self,
+        start: int,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """query: [heads, tokens from `start` on, dim], keys and values: [kv_heads, all tokens so far, dim]."""
+        length, rows = keys.shape[1], query.shape[1]
+        if rows < _LEAST_ROWS:
+            query = functional.pad(query, (0, 0, 0, _LEAST_ROWS - rows))
+        simple = start == 0 and softcap is None and (window is None or window >= length)
+        mask = None if simple else self._causal(start, query.shape[1], length, window, query.device)
+        if softcap is not None and mask is not None:
+            return softcapped(query, keys, values, mask, scale, softcap)[:, :rows].transpose(0, 1)
         out = scaled_dot_product_attention(
             query[None],
             keys[None],
             values[None],
-            attn_mask=None if simple else mask,
+            attn_mask=mask,
             is_causal=simple,
             scale=scale,
             enable_gqa=query.shape[0] != keys.shape[0],
         )
-        return out[0].transpose(0, 1)
+        return out[0, :, :rows].transpose(0, 1)
+
+    def _causal(self, start: int, rows: int, length: int, window: int | None, device: torch.device) -> torch.Tensor:
+        """[rows, length]: True where a token of the block may look. Shared by layers and sequences."""
+        found = self._block_masks.get((start, length, window))
+        if found is None:
+            at, key_at = torch.arange(start, start + rows, device=device)[:, None], torch.arange(length, device=device)
+            found = key_at <= at
+            if window is not None:
+                found &= key_at > at - window
+            self._block_masks[start, length, window] = found
+        return found
 
     def _decode(
         self, layer: int, q: torch.Tensor, scale: float, window: int | None, softcap: float | None

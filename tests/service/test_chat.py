@@ -38,6 +38,17 @@ def test_a_stream_starts_with_the_role_and_ends_with_the_reason(shared_service: 
     assert all(chunk.usage is None for chunk in chunks)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_usage_tells_how_much_of_the_prompt_was_cached(served: Served, stream: bool) -> None:
+    served.engine.cached = {"0": 64}
+    asked: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "stream": stream}
+    if stream:
+        asked["stream_options"] = {"include_usage": True}
+    answer = served.client().chat.completions.create(**asked)
+    usage = list(answer)[-1].usage if stream else answer.usage
+    assert usage.prompt_tokens_details.cached_tokens == 64
+
+
 def test_a_stream_reports_usage_once_at_its_end_when_asked(shared_service: Served) -> None:
     chunks = list(
         shared_service.client().chat.completions.create(

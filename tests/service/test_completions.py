@@ -52,6 +52,13 @@ def test_choices_are_ordered_by_prompt_and_a_prompt_counts_once(served: Served) 
     assert answer.usage is not None and (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 16)
 
 
+def test_cached_tokens_are_those_that_no_choice_of_a_prompt_computed(served: Served) -> None:
+    served.engine.cached = {"0": 0, "1": 64, "2": 32, "3": 96}
+    answer = served.client().completions.create(model="tiny", prompt=["a", "bb"], n=2)
+    assert answer.usage is not None and answer.usage.prompt_tokens_details is not None
+    assert answer.usage.prompt_tokens_details.cached_tokens == 32
+
+
 def test_a_stream_adds_up_to_the_whole_and_reports_usage(shared_service: Served) -> None:
     # Strict validation would refuse OpenAI's own streams here: they too say `finish_reason: null` until the end.
     client = shared_service.client(strict=False)

@@ -25,6 +25,8 @@ CONTRACT = {
     "rootstock_training_job_seconds": ("histogram", {"outcome"}),
     "rootstock_requests_total": ("counter", {"operation", "outcome"}),
     "rootstock_tokens_total": ("counter", {"type"}),
+    "rootstock_prefix_cache_queries_total": ("counter", set()),
+    "rootstock_prefix_cache_hits_total": ("counter", set()),
     "rootstock_adapter_evictions_total": ("counter", {"reason"}),
     "rootstock_adapter_verify_failures_total": ("counter", {"reason"}),
     "rootstock_jobs_total": ("counter", {"state"}),
@@ -61,7 +63,7 @@ def metrics() -> Metrics:
 
 
 def report(request_id: str) -> SequenceReport:
-    return SequenceReport(request_id, "t", None, FinishReason.STOP, 7, 3, 0.004, 0.03, 0.1, (0.01, 0.02))
+    return SequenceReport(request_id, "t", None, FinishReason.STOP, 7, 3, 0.004, 0.03, 0.1, (0.01, 0.02), 5)
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -116,7 +118,9 @@ def test_a_sequence_is_counted_under_the_operation_that_asked_for_it(metrics: Me
     assert value(metrics, "time_to_first_token_seconds_count", operation="internal") == 1
     assert value(metrics, "tokens_total", type="prompt") == 14
     assert value(metrics, "tokens_total", type="completion") == 6
+    assert value(metrics, "tokens_total", type="cached") == 10
     assert value(metrics, "tokens_total", type="training") == 100
+    assert (value(metrics, "prefix_cache_queries_total"), value(metrics, "prefix_cache_hits_total")) == (14, 10)
 
 
 def test_what_was_refused_has_no_duration(metrics: Metrics) -> None:

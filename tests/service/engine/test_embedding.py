@@ -101,8 +101,8 @@ async def test_a_preempted_embedding_starts_its_sum_again(base: BaseModel) -> No
     rig = Rig(base, kv_cache_bytes=3 * 512 * base.model.config.num_hidden_layers * 2 * 2 * 32 * 4)
     alone = await rig.embed(prompt(400))
     _, _, first, second = await asyncio.gather(
-        rig.tokens(prompt(90), max_tokens=40),  # these two outgrow their rows, and the cache is full
-        rig.tokens(prompt(90), max_tokens=40),
+        rig.tokens(prompt(85), max_tokens=40),  # these two outgrow their rows, and the cache is full
+        rig.tokens(prompt(85), max_tokens=40),
         rig.embed(prompt(400)),
         rig.embed(prompt(400)),
     )

@@ -119,7 +119,7 @@ async def test_an_answer_is_the_same_alone_and_in_a_crowd(
 
 
 async def test_preempted_sequences_are_replayed_to_the_same_tokens(base: BaseModel) -> None:
-    small = Rig(base, kv_cache_bytes=3 * 512 * base.model.config.num_hidden_layers * 2 * 2 * 32 * 4)
+    small = Rig(base, kv_cache_bytes=2 * 512 * base.model.config.num_hidden_layers * 2 * 2 * 32 * 4)
     asked = [(p, a) for p, a in zip(prompts(6), [None, *SPECS], strict=True)]
     alone = [await small.tokens(p, a, max_tokens=110) for p, a in asked]
     before = small.engine.stats().num_preemptions

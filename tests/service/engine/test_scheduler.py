@@ -20,6 +20,8 @@ class Cache:
         self.closing: str | None = None
         self.held: dict[Sequence, int] = {}
         self.arrived: set[str] = set()
+        self.known: dict[str, int | None] = {}
+        self.fetched: list[tuple[str, int]] = []
 
     def acquire(self, sequence: Sequence) -> Admission:
         adapter = sequence.request.adapter
@@ -37,6 +39,14 @@ class Cache:
         self.held[sequence] = sequence.num_prompt_tokens
         self.free -= sequence.num_prompt_tokens
         return Admission.STARTED
+
+    def match(self, sequence: Sequence) -> int | None:
+        """What the test says is known of the prompt."""
+        return self.known.get(sequence.request.request_id, 0)
+
+    def fetch(self, sequence: Sequence, num_tokens: int) -> None:
+        assert sequence in self.held, "there is no row to copy to"
+        self.fetched.append((sequence.request.request_id, num_tokens))
 
     def extend(self, sequence: Sequence, num_tokens: int) -> bool:
         more = max(0, num_tokens - self.held[sequence])
@@ -349,9 +359,9 @@ def test_a_random_life_leaves_nothing_behind() -> None:
     for step in range(3000):
         if step < 2500 and rng.random() < 0.3:
             adapter = rng.choice([None, "x", "y", "z"])
-            one = sequence(
-                str(step), rng.randrange(1, 20), rng.choice("abcd"), adapter, rng.choice([0, 0, 0, 3, -5]), step
-            )
+            length = rng.randrange(1, 20)
+            cache.known[str(step)] = rng.choice([0, length // 2])
+            one = sequence(str(step), length, rng.choice("abcd"), adapter, rng.choice([0, 0, 0, 3, -5]), step)
             alive.append(one)
             s.add(one)
         plan = s.schedule()
@@ -364,3 +374,47 @@ def test_a_random_life_leaves_nothing_behind() -> None:
             s.remove(one)
             alive.remove(one)
     assert not s.has_work and not s.paused and cache.free == 60 and s.waiting.adapters() == ()
+
+
+def test_a_prompt_starts_behind_what_is_known_of_it_and_stays_on_the_grid() -> None:
+    cache = Cache(1000)
+    cache.known["a"] = 4
+    s = scheduler(cache, max_num_batched_tokens=12)
+    s.add(sequence("a", prompt=18))
+    assert [advance(s.schedule()) for _ in range(3)] == [[("a", 4)], [("a", 8)], [("a", 2)]]
+    assert cache.fetched == [("a", 4)]
+    assert 14 < s.counters.served("t") < 18, "a copied token counts less than a computed one"
+
+
+def test_only_computed_tokens_are_taken_from_the_budget() -> None:
+    cache = Cache(1000)
+    cache.known["b"] = 4
+    s = scheduler(cache, max_num_batched_tokens=12)
+    s.add(sequence("a", prompt=8))
+    s.add(sequence("b", prompt=8))
+    assert advance(s.schedule()) == [("a", 8), ("b", 4)]
+
+
+def test_a_prompt_that_another_is_computing_waits_in_its_seat_and_holds_nobody_up() -> None:
+    cache = Cache(1000)
+    cache.known["held"] = None
+    s = scheduler(cache)
+    for name in ("held", "free"):
+        s.add(sequence(name, prompt=8, arrival=name == "free"))
+    assert advance(s.schedule()) == [("free", 8)]
+    assert advance(s.schedule()) == [("free", 1)]
+    cache.known["held"] = 4
+    assert advance(s.schedule()) == [("held", 4), ("free", 1)]
+
+
+def test_what_is_known_is_asked_again_when_a_preempted_sequence_comes_back() -> None:
+    cache = Cache(9)
+    s = scheduler(cache)
+    for arrival, name in enumerate(("old", "new")):
+        s.add(sequence(name, arrival=arrival))
+    while all(one.num_preemptions == 0 for one in [*s.running, *s.waiting]):
+        advance(s.schedule())
+    old, [new] = s.running[0], list(s.waiting)
+    cache.known["new"] = 2
+    s.remove(old)
+    assert advance(s.schedule()) == [("new", 2)] and new.num_cached_tokens == 0
