@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -13,6 +14,7 @@ import structlog
 from openai import OpenAI
 from pydantic import SecretStr
 
+from adapters.peft_format import LoraWeights
 from adapters.store import AdapterStore
 from service.api.ops import create_ops_app
 from service.api.services import Services
@@ -26,7 +28,7 @@ from service.engine.grammar_compiler import GrammarCompiler
 from service.health import Health
 from service.metrics import Metrics
 from tests.adapters.loras import random_lora
-from tests.service.control_fixtures import make_control
+from tests.service.control_fixtures import Control, make_control
 from tests.service.http_fixtures import ADMIN_KEY, serve_apps
 
 __all__ = ["real_service"]
@@ -46,6 +48,7 @@ class RealService:
     grammars: GrammarCompiler
     tuned: str
     closing: ExitStack
+    control: Control
 
     def client(self, *, strict: bool = True) -> OpenAI:
         client = OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, _strict_response_validation=strict)
@@ -65,8 +68,13 @@ def real_service(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @contextmanager
-def serve_real(base: BaseModel, directory: Path) -> Iterator[RealService]:
-    """The service on `base`: as the `tiny` of the tests' control plane, and with room for tools in its prompts."""
+def serve_real(
+    base: BaseModel, directory: Path, adapters: dict[str, LoraWeights] | None = None, **sizes: Any
+) -> Iterator[RealService]:
+    """The service on `base`: as the `tiny` of the tests' control plane, and with room for tools in its prompts.
+
+    `adapters`, by digest, may be added to while it runs; `sizes` are the engine's.
+    """
     base = replace(base, name="tiny", max_model_len=2048)
     with ExitStack() as stack:
         structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
@@ -75,8 +83,10 @@ def serve_real(base: BaseModel, directory: Path) -> Iterator[RealService]:
         stack.callback(database.close)
         control = make_control(database, url, directory / "storage")
         settings, metrics = Settings(data_dir=directory), Metrics()
-        adapters = {ADAPTER: random_lora(base.signature, seed=3)}
-        engine = Engine(base, adapters.__getitem__, EngineConfig(kv_cache_bytes=32 << 20), metrics)
+        adapters = {} if adapters is None else adapters
+        adapters[ADAPTER] = random_lora(base.signature, seed=3)
+        config = EngineConfig(**{"kv_cache_bytes": 32 << 20, **sizes})
+        engine = Engine(base, adapters.__getitem__, config, metrics)
         engine.start()
         metrics.watch_engine(engine.stats)
         health = Health(settings.stall_seconds)
@@ -100,4 +110,4 @@ def serve_real(base: BaseModel, directory: Path) -> Iterator[RealService]:
         tuned = control.publish(suffix="tuned", digest=ADAPTER)
         ops = create_ops_app(metrics, health)
         api_url, ops_url = stack.enter_context(serve_apps(create_app(services), ops))
-        yield RealService(api_url, ops_url, control.acme_key, base, engine, grammars, tuned, stack)
+        yield RealService(api_url, ops_url, control.acme_key, base, engine, grammars, tuned, stack, control)

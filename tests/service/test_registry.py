@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from adapters.errors import BaseMismatchError
 from service.aliases import MoveKind
 from service.database import connect
 from service.errors import ConflictError, InvalidRequestError, NotFoundError
 from service.registry import BaseIdentity, Registry, ResolvedModel
-from tests.service.control_fixtures import BASE, Control
+from tests.service.control_fixtures import BASE, Control, make_control
 
 
 def _pointer(control: Control, name: str = "best") -> str:
@@ -200,3 +202,29 @@ def test_pointers_survive_a_restart(control: Control) -> None:
     again = connect(control.url)
     assert Registry(again, BASE).resolve(control.acme.id, "best") == ResolvedModel(model, "d" * 64)
     again.close()
+
+
+def test_a_model_is_found_by_an_index_however_many_are_registered(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'rootstock.db'}"
+    database = connect(url)
+    control = make_control(database, url, tmp_path)
+    model = control.publish()
+    control.registry.aliases.set(control.acme.id, "best", model)
+    asked: list[str] = []
+
+    @sa.event.listens_for(sa.engine.Engine, "before_cursor_execute")
+    def remember(connection: object, cursor: object, statement: str, parameters: object, *rest: object) -> None:
+        asked.append(statement)
+
+    try:
+        for name in (model, "best"):
+            assert control.registry.resolve(control.acme.id, name).digest
+    finally:
+        sa.event.remove(sa.engine.Engine, "before_cursor_execute", remember)
+    queries = [statement for statement in asked if statement.startswith("SELECT")]
+    assert len(queries) >= 3
+    with database.read() as connection:
+        for query in queries:
+            plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {query}", ("x",) * query.count("?")).all()
+            assert not [step for step in plan if "SCAN" in step[3]], query
+    database.close()
