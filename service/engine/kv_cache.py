@@ -204,13 +204,7 @@ class KvCache:
             return row
         new = self.allocate(num_tokens)
         for stack in self._stacks:
-            old_rows, new_rows = (
-                stack.tensor[:, self._line(r, stack.num_kv_heads) :][:, : r.capacity * stack.num_kv_heads].view(
-                    stack.tensor.shape[0], stack.num_kv_heads, r.capacity, -1
-                )
-                for r in (row, new)
-            )
-            new_rows[:, :, :num_computed] = old_rows[:, :, :num_computed]
+            self._row_of(stack, new)[:, :, :num_computed] = self._row_of(stack, row)[:, :, :num_computed]
         self.free(row)
         return new
 
@@ -229,24 +223,19 @@ class KvCache:
 
     def copy(self, source: Sequence[tuple[Row, int]], target: Sequence[tuple[Row, int]]) -> None:
         """Copy blocks of keys and values; each is a row and the position in it where the block starts."""
-        lines: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for stack in self._stacks:
-            if stack.num_kv_heads not in lines:
-                lines[stack.num_kv_heads] = (
-                    self._block_lines(source, stack.num_kv_heads),
-                    self._block_lines(target, stack.num_kv_heads),
-                )
-            old, new = lines[stack.num_kv_heads]
-            stack.tensor.index_copy_(1, new, stack.tensor.index_select(1, old))
+            for old, new in zip(source, target, strict=True):
+                self._block_of(stack, *new).copy_(self._block_of(stack, *old))
 
-    def _block_lines(self, blocks: Sequence[tuple[Row, int]], num_kv_heads: int) -> torch.Tensor:
-        """Head by head within a block: [blocks * num_kv_heads * block]."""
-        table = np.array(
-            [[self._line(row, num_kv_heads) + start, row.capacity] for row, start in blocks], dtype=np.int64
-        )
-        heads = table[:, :1] + table[:, 1:] * np.arange(num_kv_heads)
-        lines = heads[:, :, None] + np.arange(self.block)
-        return torch.from_numpy(lines.reshape(-1)).to(self.device)
+    def _block_of(self, stack: _Stack, row: Row, start: int) -> torch.Tensor:
+        """[layers, num_kv_heads, block, dim], a view."""
+        return self._row_of(stack, row)[:, :, start : start + self.block]
+
+    def _row_of(self, stack: _Stack, row: Row) -> torch.Tensor:
+        """[layers, num_kv_heads, capacity, dim], a view."""
+        line = self._line(row, stack.num_kv_heads)
+        lines = stack.tensor[:, line : line + row.capacity * stack.num_kv_heads]
+        return lines.view(stack.tensor.shape[0], stack.num_kv_heads, row.capacity, -1)
 
     def destinations(self, rows: Sequence[Row], positions: Sequence[int], num_kv_heads: int) -> torch.Tensor:
         """Buffer lines for tokens at (row, position): [tokens * num_kv_heads], head by head within a token."""
