@@ -132,11 +132,15 @@ def _postgres(url: str) -> Engine:
     return sa.create_engine(f"{driver}://{rest}", pool_pre_ping=True, pool_size=10)
 
 
+_MAX_CONNECTIONS = 50
+"""Kept open once they were needed: more than the threads that answer requests, since opening one takes milliseconds."""
+
+
 def _sqlite(url: str) -> Engine:
     if not url.startswith("sqlite:///") or url.endswith(":memory:") or url == "sqlite:///":
         raise DatabaseSetupError(f"'{url}' is no database url: use sqlite:///path or postgresql://…")
     Path(url.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
-    engine = sa.create_engine(url, pool_size=10, max_overflow=40)
+    engine = sa.create_engine(url, pool_size=_MAX_CONNECTIONS, max_overflow=0)
     sa.event.listen(engine, "connect", _prepare_sqlite)
     sa.event.listen(engine, "begin", _begin_sqlite)
     return engine

@@ -126,7 +126,8 @@ def test_a_row_has_the_same_bits_in_every_crowd(
 
     def product(rows: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(), decoding(len(rows), 0) if decodes else nullcontext():
-            return layer(rows)
+            result: torch.Tensor = layer(rows)
+            return result
 
     expected = product(x)
     for num_rows in NUM_ROWS:
