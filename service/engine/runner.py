@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence as Many
 
 import torch
@@ -87,7 +86,6 @@ class Runner:
         adapted: list[Chunk] = []
         last: list[int] = []
         head: list[int | None] = []
-        rows_together = self._rows_together
         for work in works:
             sequence, place = work.sequence, self._residency[work.sequence]
             first, start = sequence.num_computed, len(tokens)
@@ -98,8 +96,7 @@ class Runner:
             if work.is_prefill:
                 chunks.append(PrefillChunk(start, len(tokens), place.row, first))
                 if place.slot is not None:
-                    for block in range(start, len(tokens), rows_together):
-                        adapted.append(Chunk(block, min(len(tokens), block + rows_together), place.slot))
+                    adapted.append(Chunk(start, len(tokens), place.slot))
             if work.samples:
                 last.append(len(tokens) - 1)
                 head.append(place.slot)
@@ -117,12 +114,6 @@ class Runner:
             )
         logits: torch.Tensor = output.logits[0]
         return logits
-
-    @property
-    def _rows_together(self) -> int:
-        """Rows of a prompt that one LoRA product takes: with float32 on CPU a row's bits depend on their number."""
-        varies = self._base.device.type == "cpu" and self._base.dtype == torch.float32
-        return self._residency.cache.block if varies else sys.maxsize
 
     def _decode_order(self, work: Work) -> tuple[int, tuple[int, int, int]]:
         place = self._residency[work.sequence]

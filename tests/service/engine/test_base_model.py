@@ -18,7 +18,7 @@ from adapters.peft_format import LoraSpec
 from adapters.trainable import TrainableLora, TrainRouting
 from service.engine.base_model import DEFAULT_CHAT_TEMPLATE, BaseModel, Quantization, load_base_model
 from service.engine.errors import BaseModelError, ChatTemplateError
-from service.engine.frozen_linear import FrozenLinear
+from service.engine.frozen_linear import FrozenLinear, decoding
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -195,7 +195,9 @@ def test_the_nf4_base_answers_as_one_that_transformers_loads_with_bitsandbytes(
     reference = AutoModelForCausalLM.from_pretrained(
         tiny_llama_dir, dtype=torch.bfloat16, quantization_config=config, device_map="cpu", attn_implementation="sdpa"
     ).eval()
-    assert torch.equal(logits(tiny_base.model, tokens()), logits(reference, tokens()))
+    with decoding(num_rows=24, first=0):  # bitsandbytes takes the packed kernel whatever the number of rows
+        ours = logits(tiny_base.model, tokens())
+    assert torch.equal(ours, logits(reference, tokens()))
 
 
 def test_tied_embeddings_are_one_tensor_and_stay_dense(tiny_llama_dir: Path, tmp_path: Path) -> None:
