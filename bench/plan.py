@@ -19,6 +19,8 @@ class Plan:
     peer_tokens: int = 48
     streaming_rounds: int = 5
     streaming_tokens: int = 64
+    probe_rounds: int = 2
+    probe_idle_seconds: float = 0.5
     training_rounds: int = 3
     training_steps: int = 5
     """Optimizer steps of 16 examples, for each side and round."""
@@ -44,6 +46,8 @@ class Plan:
             peer_tokens=8,
             streaming_rounds=1,
             streaming_tokens=16,
+            probe_rounds=1,
+            probe_idle_seconds=0.3,
             training_rounds=1,
             training_steps=2,
             tier_rounds=1,

@@ -1,4 +1,4 @@
-"""Tokens per second through HTTP streaming against the engine alone.
+"""Tokens per second through HTTP streaming against the engine alone, and how responsive HTTP stays meanwhile.
 
 The service is a process of its own, started by its own command; so are the clients. The engine alone runs in this
 process while they are idle. All three share the machine, so what clients and sockets cost is in the ratio.
@@ -13,6 +13,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ import httpx
 from bench.goals import goal
 from bench.measurement import Entry, interleave, quantity, ratio
 from bench.plan import Plan
+from bench.probe import QUANTITIES, probe
 from bench.serving import Row, kv_bytes, serving
 from bench.subject import Subject
 
@@ -36,6 +38,7 @@ class Running:
     """A service with one tenant."""
 
     url: str
+    ops_url: str
     key: str
 
 
@@ -72,11 +75,21 @@ def measure(subject: Subject, plan: Plan, tick: Callable[[str], None]) -> list[E
         http(4)
         variants = {"engine alone": engine_alone, "HTTP streaming": through_http}
         samples = interleave(variants, plan.streaming_rounds, tick)
+
+        def probing(load: Callable[[], Any]) -> Callable[[], Mapping[str, float]]:
+            return lambda: probe(service.url, service.ops_url, service.key, load)
+
+        loads = {
+            "service idle": probing(lambda: time.sleep(plan.probe_idle_seconds)),
+            "engine saturated": probing(lambda: http(plan.streaming_tokens)),
+        }
+        probes = interleave(loads, plan.probe_rounds, tick)  # in rounds of their own: they would slow the answers
     of = ("HTTP streaming.end to end", "engine alone.end to end")
     return [
         *(quantity(f"{name}.end to end", samples, "tokens/s") for name in variants),
         *(quantity(f"{name}.first token", samples, "ms") for name in variants),
         ratio("HTTP ÷ engine", samples, *of, goal("HTTP ÷ engine", cuda=subject.is_cuda)),
+        *(quantity(f"{name}.{measured}", probes, "ms") for name in loads for measured in QUANTITIES),
     ]
 
 
@@ -107,11 +120,11 @@ def _service(subject: Subject, plan: Plan) -> Iterator[Running]:
         command += ["--kv-cache-bytes", str(kv_bytes(subject.base, plan.num_rows))]
         environment = os.environ | {"ROOTSTOCK_ADMIN_KEY": admin_key, "HF_HUB_OFFLINE": "1"}
         with _process(command, environment) as process:
-            url = _announced_url(process)
+            url, ops_url = _announced_urls(process)
             answer = httpx.post(
                 f"{url}/admin/tenants", json={"name": "bench"}, headers={"authorization": f"Bearer {admin_key}"}
             )
-            yield Running(url, answer.raise_for_status().json()["api_key"])
+            yield Running(url, ops_url, answer.raise_for_status().json()["api_key"])
 
 
 @contextmanager
@@ -138,11 +151,11 @@ def _process(command: list[str], environment: dict[str, str]) -> Iterator[subpro
             process.communicate()
 
 
-def _announced_url(process: subprocess.Popen[str]) -> str:
+def _announced_urls(process: subprocess.Popen[str]) -> tuple[str, str]:
     assert process.stdout is not None
     for line in process.stdout:
-        if found := re.search(r"API (http://\S+/v1)", line):
-            return found[1]
+        if found := re.search(r"API (http://\S+/v1), operations (http://\S+)", line):
+            return found[1], found[2]
     raise RuntimeError("the service did not start; its message is above")
 
 

@@ -32,6 +32,7 @@ DURATION_BUCKETS = (
     *(10, 15, 20, 30, 40, 50, 60, 120, 240, 480),
 )
 LOAD_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+LOOP_LAG_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
 JOB_BUCKETS = (1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400, 43200, 86400)
 
 log = structlog.get_logger("service.metrics")
@@ -85,6 +86,10 @@ class Metrics:
             return
         with self._tenant_labels.label(tenant_id) as label:
             self._tenant_requests.labels(label).inc()
+
+    def loop_lagged(self, seconds: float) -> None:
+        """The event loop ran something this much later than it was due."""
+        self._event_loop_lag.observe(seconds)
 
     def forget_tenant(self, tenant_id: str) -> None:
         """The tenant was deleted: its series end here."""
@@ -165,6 +170,9 @@ class Metrics:
         )
         self._queue_wait = self._histogram(
             "queue_wait_seconds", "Arrival to first scheduling.", TTFT_BUCKETS, "operation"
+        )
+        self._event_loop_lag = self._histogram(
+            "event_loop_lag_seconds", "How late the API's event loop runs what is due.", LOOP_LAG_BUCKETS
         )
         self._tenant_requests = self._counter("tenant_requests", "API requests of a tenant.", "tenant")
         self._tenant_label_overflow = self._counter(

@@ -23,6 +23,7 @@ from pydantic import SecretStr
 from service.api.ops import create_ops_app
 from service.config import Settings, SettingsError
 from service.health import Health
+from service.loop_lag import watching_loop_lag
 from service.metrics import Metrics
 
 log = structlog.get_logger("service.server")
@@ -61,7 +62,8 @@ async def _serve(settings: Settings, api_socket: socket.socket, ops_socket: sock
             _on_signal(api, health)
             checking = asyncio.create_task(health.keep_checking())
             _announce(settings, services.base.name, api_socket, ops_socket)
-            await api.serve([api_socket])
+            async with watching_loop_lag(metrics.loop_lagged):
+                await api.serve([api_socket])
             checking.cancel()
         finally:
             health.drain()

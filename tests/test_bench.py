@@ -16,6 +16,7 @@ from bench.__main__ import NAMES
 from bench.goals import goal
 from bench.measurement import Goal, interleave, quantity, ratio
 from bench.plan import Plan
+from bench.probe import QUANTITIES, quantile_bound
 from bench.registered import registered
 from bench.run import MEASUREMENTS, run
 from bench.subject import Sizes, prepare
@@ -125,6 +126,25 @@ def test_every_row_of_the_tiers_is_measured(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(0 < entry.low <= entry.value <= entry.high for entry in entries)
     assert "40 registered ÷ 5 registered" in [entry.name for entry in entries]
     assert goal("2000 registered ÷ 5 registered", cuda=False) is not None
+
+
+def test_the_bound_of_a_quantile_is_that_of_the_bucket_it_lies_in() -> None:
+    cumulative = {0.001: 98.0, 0.005: 99.0, 0.01: 100.0, float("inf"): 100.0}
+    assert quantile_bound(cumulative, 0.5) == 0.001
+    assert quantile_bound(cumulative, 0.99) == 0.005
+    assert quantile_bound(cumulative, 1.0) == 0.01
+    with pytest.raises(ValueError, match="counted nothing"):
+        quantile_bound(dict.fromkeys(cumulative, 0.0), 0.99)
+
+
+def test_the_service_is_probed_while_idle_and_while_saturated() -> None:
+    plan = replace(Plan.quick(cuda=False), sizes=MICRO, num_rows=32, streaming_tokens=4)
+    (entries,) = run(plan, ["http"], lambda step: None).values()
+    measured = {entry.name: entry for entry in entries}
+    for load in ("service idle", "engine saturated"):
+        for name in QUANTITIES:
+            assert measured[f"{load}.{name}"].value > 0
+    assert "HTTP ÷ engine" in measured
 
 
 def test_every_registered_adapter_is_found_and_can_be_read(tmp_path: Path) -> None:

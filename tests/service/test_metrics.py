@@ -21,6 +21,7 @@ CONTRACT = {
     "rootstock_time_per_output_token_seconds": ("histogram", {"operation"}),
     "rootstock_request_duration_seconds": ("histogram", {"operation"}),
     "rootstock_queue_wait_seconds": ("histogram", {"operation"}),
+    "rootstock_event_loop_lag_seconds": ("histogram", set()),
     "rootstock_adapter_load_seconds": ("histogram", {"tier"}),
     "rootstock_training_job_seconds": ("histogram", {"outcome"}),
     "rootstock_requests_total": ("counter", {"operation", "outcome"}),
@@ -53,6 +54,7 @@ def metrics() -> Metrics:
     metrics.sequence_submitted("chatcmpl-1-0", CHAT)
     metrics.sequence_finished(report("chatcmpl-1-0"))
     metrics.adapter_loaded("device", 0.02)
+    metrics.loop_lagged(0.003)
     metrics.adapter_evicted("capacity")
     metrics.adapter_verify_failed("digest")
     metrics.job_entered(JobStatus.QUEUED)
