@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,18 @@ def prepare(
     if pinned:
         found = {site: packed.pinned() for site, packed in found.items()}
     return PreparedAdapter(weights.max_rank, found, sum(packed.num_bytes for packed in found.values()))
+
+
+def preparing(
+    source: Callable[[str], LoraWeights], sites: Iterable[BatchedLoraLinear], dtype: torch.dtype, *, pinned: bool
+) -> Callable[[str], PreparedAdapter]:
+    """What a loading thread does: read and verify, then everything that a slot need not wait for."""
+    distinct = list(dict.fromkeys(sites))
+
+    def load(digest: str) -> PreparedAdapter:
+        return prepare(source(digest), distinct, dtype, pinned=pinned)
+
+    return load
 
 
 def padded_rank(rank: int) -> int:

@@ -17,7 +17,8 @@ from typing import Any
 from adapters.peft_format import LoraWeights
 from bench.serving import Row, kv_bytes
 from service.engine.base_model import BaseModel
-from service.engine.engine import Engine, EngineConfig
+from service.engine.engine import Engine
+from service.engine.engine_config import EngineConfig
 from service.engine.sequence import FinishReason, GenerationRequest, OutputChunk, SamplingParams, SequenceReport
 
 _PATIENCE_SECONDS = 600.0

@@ -20,7 +20,8 @@ from service.api.tool_format import ToolFormat
 from service.config import Settings
 from service.database import connect
 from service.engine.base_model import BaseModel, Quantization, load_base_model
-from service.engine.engine import Engine, EngineConfig
+from service.engine.engine import Engine
+from service.engine.engine_config import EngineConfig
 from service.engine.grammar_compiler import GrammarCompiler
 from service.files import Files
 from service.job_queue import JobQueue

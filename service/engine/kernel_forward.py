@@ -18,8 +18,8 @@ from service.engine.base_model import BaseModel
 from service.engine.decode_attention import DecodeAttention, DecodeKernels, DecodeRows
 from service.engine.decode_graphs import CudaRecorder, DecodeGraphs, DecodeRow, Recorder, StepInputs
 from service.engine.kv_cache import LayerBuffer, Row
+from service.engine.plan import Work
 from service.engine.residency import Residency
-from service.engine.scheduler import Work
 from service.engine.step_attention import PrefillChunk, StepAttention
 
 logger = logging.getLogger(__name__)

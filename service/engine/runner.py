@@ -14,10 +14,10 @@ from service.engine.base_model import BaseModel
 from service.engine.frozen_linear import decoding
 from service.engine.kernel_forward import KernelForward
 from service.engine.kv_cache import LayerShape, Row
+from service.engine.plan import Plan, Work
 from service.engine.pooling import add_chunk, watching
 from service.engine.residency import Residency
 from service.engine.sampler import Sampled, Sampler
-from service.engine.scheduler import Plan, Work
 from service.engine.sequence import Sequence
 from service.engine.step_attention import PrefillChunk, StepAttention
 

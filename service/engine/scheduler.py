@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
 from enum import Enum
 from math import ceil
 from typing import Protocol
 
+from service.engine.plan import Plan, Work
 from service.engine.sequence import Sequence, SequenceStatus
 from service.engine.waiting import TokenCounters, WaitingQueue, background
 
@@ -27,29 +27,6 @@ _DECODE_WEIGHT = 2.0
 
 _CACHED_WEIGHT = 0.1
 """What a prompt token that was known already counts beside one that is computed."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """Compute tokens [position, position + num_tokens) of a sequence. `samples`: its last logits choose a token."""
-
-    sequence: Sequence
-    num_tokens: int
-    is_prefill: bool
-    samples: bool
-
-
-@dataclass
-class Plan:
-    """One step's work, prefills before decodes, and the sequences whose adapter could not be had."""
-
-    prefills: list[Work] = field(default_factory=list)
-    decodes: list[Work] = field(default_factory=list)
-    rejected: list[tuple[Sequence, Exception]] = field(default_factory=list)
-
-    @property
-    def work(self) -> list[Work]:
-        return self.prefills + self.decodes
 
 
 class Admission(Enum):

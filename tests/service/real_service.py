@@ -23,7 +23,8 @@ from service.app import create_app
 from service.config import Settings
 from service.database import connect
 from service.engine.base_model import BaseModel, load_base_model
-from service.engine.engine import Engine, EngineConfig
+from service.engine.engine import Engine
+from service.engine.engine_config import EngineConfig
 from service.engine.grammar_compiler import GrammarCompiler
 from service.health import Health
 from service.metrics import Metrics

@@ -10,8 +10,8 @@ import openai
 import pytest
 
 from service.engine.base_model import load_base_model
+from service.engine.plan import Plan
 from service.engine.runner import Runner
-from service.engine.scheduler import Plan
 from tests.service.real_service import RealService, serve_real
 from tests.service.test_chat import MESSAGES
 
@@ -40,7 +40,7 @@ def test_a_crash_ends_running_streams_with_an_error_and_the_next_request_is_answ
     assert probes(service) == (200, 200)
     stream = endless(client)
     next(iter(stream))
-    service.engine._residency.cache._slabs.clear()  # the next row that grows or goes back cannot be found
+    service.engine._machinery.residency.cache._slabs.clear()  # the next row that grows or goes back cannot be found
     with pytest.raises(openai.APIError, match="restarting"):
         list(stream)
     again = client.chat.completions.create(model=service.tuned, messages=MESSAGES, temperature=0, max_tokens=8)

@@ -15,7 +15,8 @@ from adapters.peft_format import LoraWeights, read_adapter
 from adapters.store import AdapterStore
 from service.database import connect
 from service.engine.base_model import BaseModel, load_base_model
-from service.engine.engine import Engine, EngineConfig
+from service.engine.engine import Engine
+from service.engine.engine_config import EngineConfig
 from service.engine.sequence import GenerationRequest, OutputChunk, SamplingParams, SequenceReport
 from service.files import FilePurpose
 from service.job import Hyperparameters, Job, JobStatus

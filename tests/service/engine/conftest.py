@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from adapters.errors import AdapterNotFoundError
 from adapters.peft_format import LoraSpec, LoraWeights
 from service.engine.base_model import BaseModel, load_base_model
-from service.engine.engine import Engine, EngineConfig
+from service.engine.engine import Engine
+from service.engine.engine_config import EngineConfig
 from service.engine.sequence import GenerationRequest, OutputChunk, SamplingParams, SequenceReport
 from tests.adapters.loras import random_lora
 

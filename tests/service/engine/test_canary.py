@@ -18,7 +18,8 @@ import pytest
 from adapters.peft_format import read_adapter, write_adapter
 from adapters.store import AdapterStore
 from service.engine.base_model import BaseModel, load_base_model
-from service.engine.engine import Engine, EngineConfig
+from service.engine.engine import Engine
+from service.engine.engine_config import EngineConfig
 from service.engine.sequence import FinishReason, GenerationRequest, SamplingParams
 from tests.service.canaries import PROMPT_TOKENS, Canaries, Canary, write_canary_base
 from tests.service.engine.conftest import Ear

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from adapters.peft_format import write_adapter
 from service.engine.base_model import BaseModel, load_base_model
-from service.engine.engine import Engine, EngineConfig
+from service.engine.engine import Engine
+from service.engine.engine_config import EngineConfig
 from service.engine.errors import EmbeddingFailedError, RequestRejectedError
 from service.engine.pooling import watching
 from service.engine.sequence import FinishReason, GenerationRequest, SamplingParams
@@ -120,7 +121,7 @@ async def test_an_embedding_generates_nothing_and_leaves_nothing_behind(rig: Rig
     await rig.tokens([5], max_tokens=1)  # the engine's own check of what is held runs when it is idle
     [report, _] = rig.ear.reports
     assert (report.num_prompt_tokens, report.num_output_tokens, report.ttft_seconds) == (60, 0, None)
-    assert rig.engine.stats().kv_usage == 0 and rig.engine._residency.slots.references() == {}
+    assert rig.engine.stats().kv_usage == 0 and rig.engine._machinery.residency.slots.references() == {}
 
 
 async def test_a_cancelled_embedding_is_aborted(rig: Rig) -> None:

@@ -16,7 +16,8 @@ from transformers import LlamaForCausalLM
 
 from adapters.peft_format import write_adapter
 from service.engine.base_model import BaseModel
-from service.engine.engine import Engine, EngineConfig
+from service.engine.engine import Engine
+from service.engine.engine_config import EngineConfig
 from service.engine.errors import EngineDeadError, QueueFullError, RequestRejectedError
 from service.engine.sequence import FinishReason, GenerationRequest, OutputChunk, SamplingParams
 from tests.service.engine.conftest import SPECS, Ear, Rig
@@ -211,7 +212,7 @@ async def test_draining_lets_answers_finish_and_takes_nothing_new(base: BaseMode
     while not rig.engine.stats().num_running:
         await asyncio.sleep(0)
     drained = asyncio.get_running_loop().run_in_executor(None, rig.engine.shutdown, 30)
-    while not rig.engine._draining:
+    while not rig.engine._intake.draining:
         await asyncio.sleep(0)
     with pytest.raises(EngineDeadError):
         await rig.tokens([5])
@@ -348,7 +349,7 @@ async def test_a_newcomer_pauses_a_flooders_answer_which_goes_on_unharmed(base: 
 
 async def test_a_seat_that_a_step_sets_free_is_taken_in_the_next(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers of one token leave nobody running, and the engine slept for a second with a queue behind it."""
-    monkeypatch.setattr("service.engine.engine._IDLE_POLL_SECONDS", 3600.0)
+    monkeypatch.setattr("service.engine.intake.IDLE_POLL_SECONDS", 3600.0)
     async with asyncio.timeout(60):
         answers = await asyncio.gather(*(rig.tokens([7, 8, i], max_tokens=1) for i in range(40)))
     assert all(len(answer) == 1 for answer in answers)

@@ -146,7 +146,7 @@ async def test_tenants_share_when_told_so_but_adapters_never_do(base: BaseModel)
 
 
 async def test_a_deleted_adapter_takes_what_it_computed_along_at_once(warm: Rig) -> None:
-    cache = warm.engine._residency.cache
+    cache = warm.engine._machinery.residency.cache
     await ask_as(warm, "acme", None)
     of_the_base = cache.num_blocks
     await ask_as(warm, "acme", "wide")
@@ -163,7 +163,7 @@ async def test_an_adapter_deleted_while_it_computes_leaves_nothing(warm: Rig) ->
     await anext(stream)
     warm.engine.retire("wide")
     assert [chunk async for chunk in stream]
-    assert warm.engine._residency.cache.num_blocks == 0
+    assert warm.engine._machinery.residency.cache.num_blocks == 0
 
 
 # -- together -----------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ async def test_random_traffic_over_a_tiny_cache_answers_as_without_it(base: Base
         return chunks[-1].num_cached_tokens
 
     cached = [n for _ in range(4) for n in await asyncio.gather(*(one(number) for number in range(30)))]
-    residency = tiny.engine._residency
+    residency = tiny.engine._machinery.residency
     for rig in (tiny, cold):
         rig.engine.shutdown(10)
     residency.check_integrity([])

@@ -16,9 +16,9 @@ from service.engine.base_model import BaseModel
 from service.engine.crash_limit import CrashLimit
 from service.engine.engine import MAX_CRASHES
 from service.engine.errors import EngineDeadError
+from service.engine.plan import Plan
 from service.engine.response import Response
 from service.engine.runner import Runner
-from service.engine.scheduler import Plan
 from service.engine.sequence import FinishReason, OutputChunk, SequenceReport
 from service.health import Health
 from tests.service.engine.conftest import Rig
@@ -77,7 +77,7 @@ class Gate:
 
 def corrupt(rig: Rig) -> None:
     """The cache forgets its slabs: the next row that is given back, or grows, cannot be found."""
-    rig.engine._residency.cache._slabs.clear()
+    rig.engine._machinery.residency.cache._slabs.clear()
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -154,7 +154,7 @@ async def test_readiness_returns_only_after_a_forward_that_succeeds(rig: Rig, fa
     health = watched(rig)
     await rig.tokens(PROMPT)
     assert health.not_ready() is None
-    gate = Gate(faults, but=rig.engine._runner)
+    gate = Gate(faults, but=rig.engine._machinery.runner)
     _, stream = await started(rig, PROMPT, max_tokens=400)
     corrupt(rig)
     await stream
@@ -169,7 +169,7 @@ async def test_readiness_returns_only_after_a_forward_that_succeeds(rig: Rig, fa
 async def test_a_restart_that_hangs_is_a_stalled_engine(rig: Rig, faults: Faults) -> None:
     now = time.monotonic()
     health = watched(rig, lambda: now)
-    gate = Gate(faults, but=rig.engine._runner)
+    gate = Gate(faults, but=rig.engine._machinery.runner)
     _, stream = await started(rig, PROMPT, max_tokens=400)
     corrupt(rig)
     await stream
@@ -195,7 +195,7 @@ async def test_a_crash_loop_ends_the_engine_for_good(rig: Rig, faults: Faults) -
 
 
 async def test_a_lost_device_is_not_restarted_on(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "_is_lost", lambda device: True)
+    monkeypatch.setattr(engine_module, "is_lost", lambda device: True)
     _, stream = await started(rig, PROMPT, max_tokens=400)
     corrupt(rig)
     assert (await stream)[-1].finish_reason is FinishReason.ERROR

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 
 from adapters.errors import AdapterNotFoundError
-from service.engine.scheduler import Admission, Plan, Scheduler
+from service.engine.plan import Plan
+from service.engine.scheduler import Admission, Scheduler
 from service.engine.sequence import GenerationRequest, SamplingParams, Sequence, SequenceStatus
 
 
