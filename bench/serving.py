@@ -77,6 +77,7 @@ class ServingRig:
                 kv_cache_bytes=kv_bytes(base, max_num_seqs),
                 max_num_seqs=max_num_seqs,
                 max_lora_slots=max(1, len(adapters)),
+                prefix_cache="off",  # the same prompts in every round
             ),
             self,
         )

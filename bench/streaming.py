@@ -117,6 +117,7 @@ def _service(subject: Subject, plan: Plan) -> Iterator[Running]:
         command = [sys.executable, "-c", "from service.cli import main; main()", "serve", "--port", "0"]
         command += ["--ops-port", "0", "--base", str(subject.directory), "--base-name", "bench", "--no-training"]
         command += ["--data-dir", data_dir, "--log-level", "error", "--max-num-seqs", str(plan.num_rows)]
+        command += ["--prefix-cache", "off"]
         command += ["--kv-cache-bytes", str(kv_bytes(subject.base, plan.num_rows))]
         environment = os.environ | {"ROOTSTOCK_ADMIN_KEY": admin_key, "HF_HUB_OFFLINE": "1"}
         with _process(command, environment) as process:
