@@ -13,11 +13,11 @@ class Plan:
 
     sizes: Sizes
     num_rows: int = 32
-    decode_rounds: int = 5
-    decode_tokens: int = 64
+    decode_rounds: int = 9
+    decode_tokens: int = 32
     peer_rounds: int = 3
     peer_tokens: int = 48
-    streaming_rounds: int = 5
+    streaming_rounds: int = 7
     streaming_tokens: int = 64
     probe_rounds: int = 2
     probe_idle_seconds: float = 0.5
