@@ -17,7 +17,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from adapters.lora import BatchedLoraLinear, LoraPart, SlotTable
 from adapters.lora_triton import add_lora
-from service.engine import engine
 from service.engine.base_model import BaseModel, load_base_model
 from service.engine.decode_graphs import (
     DecodeGraphs,
@@ -69,7 +68,7 @@ def make_rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeRig]:
         def forward(base: BaseModel, residency: Residency, max_num_seqs: int, cuda_graphs: bool) -> KernelForward:
             return KernelForward(base, residency, kernels, max_num_seqs, record if cuda_graphs else None)
 
-        monkeypatch.setattr(engine, "kernel_forward", forward)
+        monkeypatch.setattr("service.engine.machinery.kernel_forward", forward)
         made.append(Rig(base, **{"kv_cache_bytes": 1 << 21, **config}))
         monkeypatch.undo()
         return made[-1]
