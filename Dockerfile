@@ -44,6 +44,7 @@ ENV PATH=/opt/rootstock/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     HF_HOME=/data/hub \
+    NUMBA_CACHE_DIR=/data/kernels \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     ROOTSTOCK_HOST=0.0.0.0 \

@@ -1,7 +1,7 @@
 """What the CPU's compiled kernels share: how they are compiled, and bfloat16 as 16 raw bits. Knows no model.
 
 numba compiles a kernel when it is first called, for the types it is called with, and keeps the result beside the
-source where that may be written. Kernels release the GIL and split their rows over OpenMP threads.
+source or in NUMBA_CACHE_DIR, where that may be written. Kernels release the GIL and split their rows over OpenMP threads.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
 
 def kernel(function: Callable[..., None]) -> Any:
     """Compile `function` in parallel, without the GIL."""
-    writable = os.access(Path(function.__code__.co_filename).parent, os.W_OK)
-    return numba.njit(parallel=True, fastmath=_FASTMATH, nogil=True, cache=writable)(function)
+    kept = "NUMBA_CACHE_DIR" in os.environ or os.access(Path(function.__code__.co_filename).parent, os.W_OK)
+    return numba.njit(parallel=True, fastmath=_FASTMATH, nogil=True, cache=kept)(function)
 
 
 def array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
