@@ -137,6 +137,7 @@ def test_the_bound_of_a_quantile_is_that_of_the_bucket_it_lies_in() -> None:
         quantile_bound(dict.fromkeys(cumulative, 0.0), 0.99)
 
 
+@pytest.mark.slow
 def test_the_service_is_probed_while_idle_and_while_saturated() -> None:
     plan = replace(Plan.quick(cuda=False), sizes=MICRO, num_rows=32, streaming_tokens=4)
     (entries,) = run(plan, ["http"], lambda step: None).values()

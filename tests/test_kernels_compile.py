@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ SHARED_MEMORY = 99 * 1024
 """What a program may use on the smallest devices of interest; an H200 has 227 KiB."""
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_a_device_and_fits_into_its_shared_memory(tmp_path: Path) -> None:
     environ = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     done = subprocess.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import hashlib
 import random
 import threading
@@ -49,6 +50,7 @@ class Flock:
             assert http.delete(f"/v1/models/{before}").json()["deleted"]
 
 
+@pytest.mark.slow
 def test_no_client_reads_another_adapters_name(
     tiny_llama_dir: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

@@ -89,6 +89,7 @@ class Aviary:
 
 
 @pytest.mark.timeout(600 + NUM_REQUESTS // 2)
+@pytest.mark.slow
 async def test_no_answer_ever_carries_another_adapters_name(
     canary_base: BaseModel, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

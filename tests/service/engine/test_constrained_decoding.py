@@ -111,6 +111,7 @@ async def test_rows_without_a_grammar_are_what_they_are_without_such_neighbours(
     assert list(crowd) == alone + bound_alone
 
 
+@pytest.mark.slow
 async def test_a_preempted_answer_goes_on_in_its_grammar_where_it_was(
     base: BaseModel, grammars: dict[GrammarSource, Grammar]
 ) -> None:

@@ -199,6 +199,7 @@ async def _collect(rig: Rig, request: GenerationRequest) -> list[int]:
     return [t async for chunk in rig.engine.generate(request) for t in chunk.token_ids]
 
 
+@pytest.mark.slow
 async def test_random_traffic_over_a_tiny_cache_answers_as_without_it(base: BaseModel) -> None:
     """Arrivals, aborts and deletions over few adapters, tenants and prompts that share beginnings."""
     rng = random.Random(2)
