@@ -1,7 +1,7 @@
 """What the CPU's compiled kernels share: how they are compiled, and bfloat16 as 16 raw bits. Knows no model.
 
 numba compiles a kernel when it is first called, for the types it is called with, and keeps the result beside the
-source or in NUMBA_CACHE_DIR, where that may be written. Kernels release the GIL and split their rows over OpenMP threads.
+source or in NUMBA_CACHE_DIR, where that may be written. Kernels release the GIL and split their rows over threads.
 """
 
 from __future__ import annotations

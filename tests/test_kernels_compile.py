@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 SHARED_MEMORY = 99 * 1024
 """What a program may use on the smallest devices of interest; an H200 has 227 KiB."""

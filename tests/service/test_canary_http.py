@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import hashlib
 import random
 import threading
@@ -12,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import pytest
 
 from adapters.peft_format import LoraWeights
 from service.engine.base_model import load_base_model
