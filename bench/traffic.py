@@ -67,7 +67,10 @@ class TrafficRig:
     """An engine whose adapters come and go. Its observer."""
 
     def __init__(self, base: BaseModel, source: Callable[[str], LoraWeights], **sizes: Any) -> None:
-        config = EngineConfig(kv_cache_bytes=kv_bytes(base, sizes.get("max_num_seqs", 32)))
+        config = EngineConfig(
+            kv_cache_bytes=kv_bytes(base, sizes.get("max_num_seqs", 32)),
+            prefix_cache="off",  # few prompts for many requests: few adapters would find them computed, many not
+        )
         self.engine = Engine(base, source, replace(config, **sizes), self)
         self.engine.start()
         self._reports: SimpleQueue[SequenceReport] = SimpleQueue()
