@@ -40,11 +40,6 @@ def array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def use_threads(number: int) -> None:
-    """How many threads the calling thread's kernels use, at most as many as there are cores."""
-    numba.set_num_threads(min(number, _config.NUMBA_NUM_THREADS))
-
-
 @_intrinsic
 def _as_float(_context: Any, _bits: Any) -> Any:
     def generate(_ctx: Any, builder: Any, _signature: Any, arguments: Any) -> Any:

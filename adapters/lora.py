@@ -6,8 +6,8 @@ Each linear layer of the base (siblings such as q/k/v fused) is a `BatchedLoraLi
 depends on the routing of the *calling thread*, so serving and training use the same modules at once and no
 global state is switched. Punica's S-LoRA (arXiv 2310.18547, 2311.03285) is the model of the slot tables.
 
-Row invariance: what a row gets never depends on who else is in the batch. A prefill chunk is multiplied whole, for
-itself; single rows go to a kernel that treats each row alone, or to batched products (see `_add_run`). Knows no files.
+Row invariance: what a row gets never depends on who else is in the batch. On CPU a compiled pass treats each single row
+alone and a prefill chunk for itself; batched products do the same where there is none (see `_add_run`). Knows no files.
 """
 
 from __future__ import annotations

@@ -17,10 +17,11 @@ from service.engine.attention import attending
 from service.engine.base_model import BaseModel
 from service.engine.decode_attention import DecodeAttention, DecodeKernels, DecodeRows
 from service.engine.decode_graphs import CudaRecorder, DecodeGraphs, DecodeRow, Recorder, StepInputs
-from service.engine.kv_cache import LayerBuffer, Row
+from service.engine.kv_cache import LayerBuffer
 from service.engine.plan import Work
 from service.engine.residency import Residency
-from service.engine.step_attention import PrefillChunk, StepAttention
+from service.engine.step_attention import StepAttention
+from service.engine.step_batch import StepBatch
 
 logger = logging.getLogger(__name__)
 
@@ -97,41 +98,21 @@ class KernelForward:
 
     def _eager(self, prefills: Sequence[Work], decodes: Sequence[Work]) -> torch.Tensor:
         """Tokens of the prefill chunks first, then one token per decoding sequence."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        rows: list[Row] = []
-        slots: list[int | None] = []
-        chunks: list[PrefillChunk] = []
-        last: list[int] = []
-        for work in [*prefills, *decodes]:
-            sequence, place = work.sequence, self._residency[work.sequence]
-            first, start = sequence.num_computed, len(tokens)
-            span = range(first, first + work.num_tokens)
-            tokens += [sequence.token_at(position) for position in span]
-            positions += span
-            rows += [place.row] * work.num_tokens
-            slots += [place.slot] * work.num_tokens
-            if work.is_prefill:
-                chunks.append(PrefillChunk(start, len(tokens), place.row, first))
-            if work.samples:
-                last.append(len(tokens) - 1)
-        device = self._base.device
-        body, head = (tiles_tensor(plan_tiles(s), device) for s in (slots, [slots[at] for at in last]))
-        attention = self._attention(chunks, len(tokens) - len(decodes), rows, positions)
-        ids, places, kept = (torch.tensor(x, device=device) for x in ([tokens], [positions], last or [0]))
-        return self._forward(ids, places, attention, body, head, with_adapters=True, logits_to_keep=kept)
+        batch, device = StepBatch.of(prefills, decodes, self._residency), self._base.device
+        body, head = (tiles_tensor(plan_tiles(slots), device) for slots in (batch.slots, batch.sampled_slots))
+        ids, places, kept = (
+            torch.tensor(x, device=device) for x in ([batch.tokens], [batch.positions], batch.logits_to_keep)
+        )
+        return self._forward(ids, places, self._attention(batch), body, head, with_adapters=True, logits_to_keep=kept)
 
-    def _attention(
-        self, chunks: list[PrefillChunk], decode_start: int, rows: list[Row], positions: list[int]
-    ) -> DecodeAttention:
-        cache = self._residency.cache
+    def _attention(self, batch: StepBatch) -> DecodeAttention:
+        cache, start = self._residency.cache, batch.decode_start
         prefill = decode = None
-        if chunks:
-            rows_before, positions_before = rows[:decode_start], positions[:decode_start]
-            prefill = StepAttention(cache, chunks, decode_start, rows_before, positions_before)
-        if decode_start < len(rows):
-            decode = DecodeRows.of(cache, rows[decode_start:], positions[decode_start:])
-        return DecodeAttention(cache.layers, self._kernels.decoding, decode, prefill, decode_start)
+        if batch.chunks:
+            prefill = StepAttention(cache, batch.chunks, start, batch.rows[:start], batch.positions[:start])
+        if start < len(batch.rows):
+            decode = DecodeRows.of(cache, batch.rows[start:], batch.positions[start:])
+        return DecodeAttention(cache.layers, self._kernels.decoding, decode, prefill, start)
 
     def _forward(
         self,

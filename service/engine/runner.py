@@ -13,13 +13,14 @@ from service.engine.attention import ShapeProbe, attending
 from service.engine.base_model import BaseModel
 from service.engine.frozen_linear import decoding
 from service.engine.kernel_forward import KernelForward
-from service.engine.kv_cache import LayerShape, Row
+from service.engine.kv_cache import LayerShape
 from service.engine.plan import Plan, Work
 from service.engine.pooling import add_chunk, watching
 from service.engine.residency import Residency
 from service.engine.sampler import Sampled, Sampler
 from service.engine.sequence import Sequence
-from service.engine.step_attention import PrefillChunk, StepAttention
+from service.engine.step_attention import StepAttention
+from service.engine.step_batch import StepBatch
 
 
 def probe_layers(base: BaseModel) -> list[LayerShape]:
@@ -54,10 +55,8 @@ class Runner:
         decodes = sorted(plan.decodes, key=self._decode_order)
         works = plan.prefills + decodes
         with watching() as hidden:
-            if self._kernels is not None:
-                logits = self._kernels.logits(plan.prefills, decodes)
-            else:
-                logits = self._forward(works, decodes)
+            forward = self._forward if self._kernels is None else self._kernels.logits
+            logits = forward(plan.prefills, decodes)
         if hidden.last is not None:
             self._pool(plan.prefills, hidden.last)
         sampling = [work.sequence for work in works if work.samples]
@@ -77,40 +76,21 @@ class Runner:
                     place.hidden_sum = add_chunk(place.hidden_sum, hidden[start:stop])
             start = stop
 
-    def _forward(self, works: Many[Work], decodes: Many[Work]) -> torch.Tensor:
+    def _forward(self, prefills: Many[Work], decodes: Many[Work]) -> torch.Tensor:
         """Logits of the last token of every work that samples: [rows, vocabulary]."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        rows: list[Row] = []
-        chunks: list[PrefillChunk] = []
-        adapted: list[Chunk] = []
-        last: list[int] = []
-        head: list[int | None] = []
-        for work in works:
-            sequence, place = work.sequence, self._residency[work.sequence]
-            first, start = sequence.num_computed, len(tokens)
-            span = range(first, first + work.num_tokens)
-            tokens += [sequence.token_at(position) for position in span]
-            positions += span
-            rows += [place.row] * work.num_tokens
-            if work.is_prefill:
-                chunks.append(PrefillChunk(start, len(tokens), place.row, first))
-                if place.slot is not None:
-                    adapted.append(Chunk(start, len(tokens), place.slot))
-            if work.samples:
-                last.append(len(tokens) - 1)
-                head.append(place.slot)
-        decode_start = len(tokens) - len(decodes)
-        attention = StepAttention(self._residency.cache, chunks, decode_start, rows, positions)
-        single = RowSlots([self._residency[w.sequence].slot for w in decodes], decode_start)
-        route = SlotRouting(self._residency.slots.tables, Chunks(adapted), single, RowSlots(head))
-        with torch.inference_mode(), attending(attention), routing(route), decoding(len(tokens), decode_start):
-            device = self._base.device
+        batch = StepBatch.of(prefills, decodes, self._residency)
+        start, num_tokens, device = batch.decode_start, len(batch.tokens), self._base.device
+        attention = StepAttention(self._residency.cache, batch.chunks, start, batch.rows, batch.positions)
+        slots = [(chunk, batch.slots[chunk.start]) for chunk in batch.chunks]
+        chunks = Chunks([Chunk(chunk.start, chunk.stop, slot) for chunk, slot in slots if slot is not None])
+        rows, head = RowSlots(batch.slots[start:], start), RowSlots(batch.sampled_slots)
+        route = SlotRouting(self._residency.slots.tables, chunks, rows, head)
+        with torch.inference_mode(), attending(attention), routing(route), decoding(num_tokens, start):
             output = self._base.model(
-                input_ids=torch.tensor([tokens], device=device),
-                position_ids=torch.tensor([positions], device=device),
+                input_ids=torch.tensor([batch.tokens], device=device),
+                position_ids=torch.tensor([batch.positions], device=device),
                 use_cache=False,
-                logits_to_keep=torch.tensor(last or [0], device=device),
+                logits_to_keep=torch.tensor(batch.logits_to_keep, device=device),
             )
         logits: torch.Tensor = output.logits[0]
         return logits
