@@ -6,6 +6,7 @@ base model (`BaseSignature`), not the base itself, and nothing of slots or store
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -50,10 +51,31 @@ class LinearShape(NamedTuple):
 
 
 @dataclass(frozen=True)
+class TensorIdentity:
+    """A tensor of the base by its content, so that a copy can be told without the tensor itself."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    sha256: str
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorIdentity:
+        return cls(tuple(tensor.shape), tensor.dtype, _sha256(tensor))
+
+    def is_copied_by(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor`, rounded to this one's dtype, has the same values."""
+        return tuple(tensor.shape) == self.shape and _sha256(tensor.to(self.dtype)) == self.sha256
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
+
+
+@dataclass(frozen=True)
 class BaseSignature:
     """What an adapter has to fit: module names with their shapes, the base's names and its fingerprint.
 
-    `names` are those that `base_model_name_or_path` may end in. `embeddings` holds the base's own input and
+    `names` are those that `base_model_name_or_path` may end in. `embeddings` identifies the base's own input and
     output embedding weights by name: PEFT saves copies of them beside an `lm_head` adapter.
     """
 
@@ -61,7 +83,7 @@ class BaseSignature:
     fingerprint: str
     names: frozenset[str] = frozenset()
     head: str | None = None
-    embeddings: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    embeddings: Mapping[str, TensorIdentity] = field(default_factory=dict)
 
 
 class LoraPair(NamedTuple):
@@ -320,7 +342,7 @@ def _check_copy(file: Any, key: str, base: BaseSignature) -> None:
         raise AdapterFormatError(f"{key} is no LoRA tensor", check="match")
     if list(file.get_slice(key).get_shape()) != list(own.shape):
         raise BaseMismatchError(f"{key} has another shape than the base's embeddings")
-    if not torch.equal(file.get_tensor(key).to(own.dtype), own.detach().cpu()):
+    if not own.is_copied_by(file.get_tensor(key)):
         raise BaseMismatchError(f"{key} differs from the base's own: trained embeddings cannot be served")
 
 

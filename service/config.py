@@ -90,7 +90,12 @@ class Settings(BaseSettings):
         True, description="Replay decode steps as CUDA graphs, recorded when first needed; without effect on CPU."
     )
 
-    training: bool = Field(True, description="Run fine-tuning jobs in this process.")
+    engine_process: bool = Field(
+        True,
+        description="Run the engine and training in a process of their own, so that HTTP and decoding never wait for"
+        " each other; off: as threads of the API's process.",
+    )
+    training: bool = Field(True, description="Run fine-tuning jobs beside the engine.")
     lease_seconds: float = Field(
         30.0, ge=1.0, le=3600.0, description="A job whose worker is silent for so long may be claimed again."
     )

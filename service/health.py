@@ -18,7 +18,7 @@ import structlog
 from service.engine.sequence import GenerationRequest, SamplingParams
 
 if TYPE_CHECKING:
-    from service.engine.engine import Engine
+    from service.engine.serving_engine import ServingEngine
 
 log = structlog.get_logger("service.health")
 
@@ -31,10 +31,10 @@ class Health:
     def __init__(self, stall_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._stall_seconds = stall_seconds
         self._clock = clock
-        self._engine: Engine | None = None
+        self._engine: ServingEngine | None = None
         self._draining = False
 
-    def watch(self, engine: Engine) -> None:
+    def watch(self, engine: ServingEngine) -> None:
         """The base is loaded and the engine has started."""
         self._engine = engine
 
@@ -75,7 +75,7 @@ class Health:
                 await self._self_check(self._engine)
             await asyncio.sleep(self._stall_seconds / 4)
 
-    async def _self_check(self, engine: Engine) -> None:
+    async def _self_check(self, engine: ServingEngine) -> None:
         request = GenerationRequest(
             request_id=f"selfcheck-{uuid.uuid4().hex}",
             prompt_token_ids=(min(engine.base.eos_token_ids, default=0),),

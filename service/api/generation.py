@@ -18,7 +18,7 @@ from service.errors import ClientDisconnectedError, DeadlineExceededError, Gener
 from service.metrics import Metrics, Origin
 
 if TYPE_CHECKING:
-    from service.engine.engine import Engine
+    from service.engine.serving_engine import ServingEngine
 
 T = TypeVar("T")
 Indexed = tuple[int, OutputChunk]
@@ -28,7 +28,9 @@ Indexed = tuple[int, OutputChunk]
 class Generation:
     """Choice `i` is the `i`-th of `requests`. Whoever calls `start` must call `aclose`: it aborts what still runs."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, requests: Sequence[GenerationRequest], origin: Origin) -> None:
+    def __init__(
+        self, engine: ServingEngine, metrics: Metrics, requests: Sequence[GenerationRequest], origin: Origin
+    ) -> None:
         self._engine = engine
         self._metrics = metrics
         self._requests = requests

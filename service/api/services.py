@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from adapters.store import AdapterStore
     from service.api.tool_format import ToolFormat
     from service.config import Settings
-    from service.engine.base_model import BaseModel
-    from service.engine.engine import Engine
+    from service.engine.base_description import BaseDescription
     from service.engine.grammar_compiler import GrammarCompiler
+    from service.engine.serving_engine import ServingEngine
     from service.files import Files
     from service.jobs import Jobs
     from service.metrics import Metrics
@@ -28,8 +28,8 @@ class Services:
 
     settings: Settings
     admin_key: SecretStr
-    base: BaseModel
-    engine: Engine
+    base: BaseDescription
+    engine: ServingEngine
     grammars: GrammarCompiler
     tool_format: ToolFormat
     metrics: Metrics

@@ -6,10 +6,9 @@ Knows one model and its tokenizer; nothing of requests, adapters' files or the e
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jinja2 import TemplateError
@@ -18,9 +17,10 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapters.lora import BatchedLoraLinear, LoraPart, graft
-from adapters.peft_format import BaseSignature, LinearShape
+from adapters.peft_format import BaseSignature, LinearShape, TensorIdentity
+from service.engine.base_description import BaseDescription
 from service.engine.checkpoint import Checkpoint, read_checkpoint, tensor_bytes
-from service.engine.errors import BaseModelError, ChatTemplateError
+from service.engine.errors import BaseModelError
 from service.engine.frozen_linear import FrozenLinear, LinearWeights, Quantization, freeze
 from service.engine.sibling_groups import Linear, linear_layers, output_head, sibling_groups
 
@@ -38,21 +38,12 @@ DEFAULT_CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class BaseModel:
-    """A loaded base. `dtype` is that of activations; `fingerprint` names the weights, however they are quantized."""
+class BaseModel(BaseDescription):
+    """A loaded base. `dtype` is that of activations."""
 
-    name: str
     model: PreTrainedModel
-    tokenizer: Tokenizer
-    quantization: Quantization
     device: torch.device
     dtype: torch.dtype
-    fingerprint: str
-    max_model_len: int
-    eos_token_ids: frozenset[int]
-    pad_token_id: int
-    vocab_size: int
-    signature: BaseSignature
     lora_sites: Mapping[str, BatchedLoraLinear]
 
     def parameter_hash(self) -> str:
@@ -62,39 +53,6 @@ class BaseModel:
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             digest.update(tensor_bytes(tensor))
         return digest.hexdigest()
-
-    @property
-    def chat_template(self) -> str:
-        """The template's text; the one for tools where there are several."""
-        return str(self.tokenizer.get_chat_template(tools=[{}]))
-
-    @property
-    def added_tokens(self) -> frozenset[str]:
-        """Texts that are one token each, whatever stands around them."""
-        return frozenset(self.tokenizer.get_added_vocab())
-
-    def render_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-    ) -> list[int]:
-        """The prompt's tokens in the base's own chat format.
-
-        Raises:
-            ChatTemplateError: the template refuses the messages.
-        """
-        try:
-            ids = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=[dict(tool) for tool in tools] if tools else None,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=True,
-                return_dict=False,
-            )
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
-            raise ChatTemplateError(f"the chat template of {self.name}: {error}", param="messages") from error
-        return list(ids)
 
 
 def load_base_model(
@@ -236,13 +194,13 @@ def _check_forward(model: PreTrainedModel, device: torch.device) -> None:
 
 def _embeddings(
     model: PreTrainedModel, sites: Mapping[str, BatchedLoraLinear], head: str | None
-) -> dict[str, torch.Tensor]:
+) -> dict[str, TensorIdentity]:
     """Input and output embedding weights by name; the same tensor twice where they are tied."""
     first = model.get_input_embeddings()
     found = {f"{n}.weight": m.weight.detach() for n, m in model.named_modules() if m is first}  # type: ignore[operator]
     if head is not None and head in sites:
         found[f"{head}.weight"] = sites[head].base.weight.detach()  # type: ignore[operator]
-    return found
+    return {name: TensorIdentity.of(tensor) for name, tensor in found.items()}
 
 
 def _max_model_len(checkpoint: Checkpoint, wanted: int | None) -> int:

@@ -15,12 +15,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adapters.errors import AdapterError
 from adapters.host_cache import HostCache
@@ -31,25 +29,26 @@ from service.engine.crash_limit import CrashLimit
 from service.engine.detokenizer import TokenBytes
 from service.engine.device import decoding_stream, is_lost
 from service.engine.engine_config import EngineConfig
-from service.engine.errors import EmbeddingFailedError
 from service.engine.intake import Abort, Command, Intake, Retire, Submit
 from service.engine.machinery import Machinery
 from service.engine.observation import EngineObserver, EngineStats
 from service.engine.open_requests import Ending, OpenRequests
-from service.engine.outbox import Outbox
 from service.engine.plan import Plan
 from service.engine.pooling import embedding, watch_hidden_states
 from service.engine.request_check import checked_max_tokens
 from service.engine.response import Response
 from service.engine.sequence import FinishReason, GenerationRequest, OutputChunk, Sequence, SequenceStatus
+from service.engine.serving_engine import ServingEngine
 
 logger = logging.getLogger(__name__)
 
 MAX_CRASHES, CRASH_WINDOW_SECONDS = 3, 60.0
 
 
-class Engine:
+class Engine(ServingEngine):
     """Continuous batching over one base and many adapters."""
+
+    base: BaseModel
 
     def __init__(
         self,
@@ -57,13 +56,17 @@ class Engine:
         source: Callable[[str], LoraWeights],
         config: EngineConfig,
         observer: EngineObserver,
+        *,
+        on_delivered: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_delivered` is called in the engine's thread when all chunks of a step have been handed over."""
+        super().__init__()
         self.base = base
         self.config = config
         self._observer = observer
         self._intake = Intake(max_waiting=config.max_waiting, max_num_seqs=config.max_num_seqs)
         self._requests = OpenRequests(observer)
-        self._outbox = Outbox()
+        self._on_delivered = on_delivered
         self._host = HostCache(
             preparing(source, base.lora_sites.values(), base.dtype, pinned=base.device.type == "cuda"),
             capacity=config.max_host_adapters,
@@ -89,59 +92,22 @@ class Engine:
         self._thread.start()
 
     def shutdown(self, drain_seconds: float) -> None:
-        """Take nothing new, let running answers finish for `drain_seconds`, end the rest with an error."""
         runs = self._thread.is_alive()
         self._intake.drain(drain_seconds if runs else 0, is_busy=lambda: len(self._requests) > 0)
         if runs:
             self._thread.join()
         self._host.close()
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[OutputChunk]:
-        """Stream one answer. Closing the iterator aborts the sequence.
-
-        Raises (before the first chunk):
-            RequestRejectedError: the request can never run.
-            QueueFullError: `max_waiting` requests wait already.
-            EngineDeadError: the engine is stopping or has stopped.
-        """
-        queue, put = self._outbox.open()
-        self.submit(request, put)
-        finished = False
-        try:
-            while not finished:
-                chunk = await queue.get()
-                finished = chunk.finish_reason is not None
-                yield chunk
-        finally:
-            if not finished:
-                self.abort(request.request_id)
-
-    async def embed(self, request: GenerationRequest) -> NDArray[np.float32]:
-        """The embedding of a prompt, [embedding_size]: the base's own or, with `adapter`, the adapter's.
-
-        The request is one with `pooling`. Cancelling aborts the sequence. Raises as `generate` does, and
-        EmbeddingFailedError when the engine gives up on it later.
-        """
-        assert request.pooling, "generate() answers this one"
-        async with aclosing(self.generate(request)) as chunks:
-            chunk = await anext(chunks)
-        if chunk.embedding is None:
-            raise EmbeddingFailedError(f"The embedding could not be computed: {chunk.error or 'it was aborted'}.")
-        return chunk.embedding
-
     def submit(self, request: GenerationRequest, on_chunk: Callable[[OutputChunk], None]) -> None:
-        """Queue a request; `on_chunk` is called in the engine's thread. Raises as `generate` does."""
         max_tokens = checked_max_tokens(request, self.base, can_embed=self.embedding_size is not None)
         response = Response(request, self.base, self._token_bytes, on_chunk)
         submitted = Submit(Sequence(request, max_tokens), response)
         self._intake.submit(submitted, self._machinery.scheduler.waiting)
 
     def abort(self, request_id: str) -> None:
-        """End a request whose client has gone. Unknown or finished ids are no error: the end may be on its way."""
         self._intake.post(Abort(request_id))
 
     def retire(self, digest: str) -> None:
-        """A deleted adapter: running sequences finish on it, then its slot is free."""
         self._intake.post(Retire(digest))
 
     def stats(self) -> EngineStats:
@@ -171,7 +137,7 @@ class Engine:
                 for sequence in self._requests.overdue():
                     self._finish(sequence, Ending(FinishReason.TIMEOUT, "its time was up"))
                 self._step()
-                self._outbox.deliver()
+                self._deliver()
         except BaseException:
             if self._crashes.exceeded_by_another() or is_lost(self.base.device):
                 raise
@@ -180,7 +146,7 @@ class Engine:
             self._busy_since = time.monotonic()
             self._stats = replace(self._stats, restarting=True)
             self._requests.abandon("the engine failed and is restarting", keep_waiting=True)
-            self._outbox.deliver()
+            self._deliver()
             return False
         return True
 
@@ -205,7 +171,7 @@ class Engine:
         for submitted in self._intake.close(self._error):
             self._requests.add(submitted)
         self._requests.abandon(self._error or "the service is shutting down")
-        self._outbox.deliver()
+        self._deliver()
         self._busy_since = None
         self._stats = replace(
             self._stats, num_running=0, num_waiting=0, restarting=False, alive=False, error=self._error
@@ -304,6 +270,10 @@ class Engine:
         if sequence.status is not SequenceStatus.FINISHED:
             self._machinery.scheduler.remove(sequence)
         self._requests.finish(sequence, ending)
+
+    def _deliver(self) -> None:
+        self._outbox.deliver()
+        self._on_delivered()
 
     def _count_preemption(self, sequence: Sequence) -> None:
         self._preemptions += 1

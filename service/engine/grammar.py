@@ -14,7 +14,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 
 from service.engine.errors import InvalidGrammarError
-from service.engine.grammar_source import JSON_OPTIONS, GrammarKind, GrammarSource
+from service.engine.grammar_source import JSON_OPTIONS, GrammarKind, GrammarOrder, GrammarSource
 
 LIMITS = LLParserLimits(
     initial_lexer_fuel=500_000,
@@ -52,12 +52,14 @@ class AnyGrammar(Protocol):
     @property
     def num_words(self) -> int: ...
     def start(self, ignore_eos: bool = False) -> AnyMatcher: ...
+    def order(self) -> GrammarOrder: ...
 
 
 class Grammar:
     """Immutable. `start` gives each sequence a matcher of its own."""
 
-    def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer) -> None:
+    def __init__(self, source: GrammarSource, matcher: LLMatcher, tokenizer: LLTokenizer) -> None:
+        self._source = source
         self._matcher = matcher  # never advanced, only copied
         self._tokenizer = tokenizer
         self.num_words = (tokenizer.vocab_size + 31) // 32
@@ -69,7 +71,7 @@ class Grammar:
     def compile(cls, source: GrammarSource, tokenizer: LLTokenizer) -> Grammar:
         """Milliseconds to a second. Raises InvalidGrammarError; also for one whose first step is beyond the limits."""
         matcher = _guarded(lambda: LLMatcher(tokenizer, _text(source), log_level=0, limits=LIMITS), source)
-        grammar = cls(matcher, tokenizer)
+        grammar = cls(source, matcher, tokenizer)
         trial = grammar.start()
         trial.allowed(np.empty(grammar.num_words, dtype=np.int32))
         problem = matcher.get_error() or "; ".join(matcher.get_grammar_warnings()) or trial.error
@@ -79,6 +81,9 @@ class Grammar:
 
     def start(self, ignore_eos: bool = False) -> Matcher:
         return Matcher(self._matcher.deep_copy(), self._tokenizer, self._ends.view(np.int32), ignore_eos)
+
+    def order(self) -> GrammarOrder:
+        return GrammarOrder(self._source)
 
     def bytes_of(self, token_id: int) -> bytes:
         return bytes(self._tokenizer.decode_bytes([token_id]))

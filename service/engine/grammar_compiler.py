@@ -64,7 +64,7 @@ class GrammarCompiler:
             GrammarsUnavailableError: this base's tokenizer cannot be used with grammars.
             QueueFullError: too many others are being compiled.
         """
-        found = self._find_or_start(source)
+        found = self.find_or_start(source)
         if isinstance(found, Grammar):
             return found
         waiting = asyncio.wrap_future(found)
@@ -77,7 +77,8 @@ class GrammarCompiler:
         reason = f"compiling it took longer than {time_limit_seconds:g} s; make it simpler"
         raise InvalidGrammarError(reason, param=source.param)
 
-    def _find_or_start(self, source: GrammarSource) -> Grammar | Future[Grammar]:
+    def find_or_start(self, source: GrammarSource) -> Grammar | Future[Grammar]:
+        """The compiled grammar, or what will be one. Raises as `compile`, but never for the time it takes."""
         if self._tokenizer is None:
             raise GrammarsUnavailableError(
                 f"'{source.param}' cannot be kept to: this base's tokenizer cannot be used with grammars",

@@ -57,6 +57,15 @@ class GrammarSource:
     param: str
 
 
+@dataclass(frozen=True)
+class GrammarOrder:
+    """How a compiled grammar is made again in another process; with `trigger` it holds behind that text only."""
+
+    source: GrammarSource
+    trigger: str | None = None
+    max_uses: int | None = None
+
+
 def json_schema(schema: Mapping[str, Any] | bool, param: str) -> GrammarSource:
     """Answers are JSON that the schema accepts. Raises InvalidGrammarError."""
     return GrammarSource(GrammarKind.JSON_SCHEMA, checked_schema(schema, param), param)

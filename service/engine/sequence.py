@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from service.engine.errors import EngineError
 from service.engine.grammar import AnyGrammar, AnyMatcher
 
 
@@ -94,7 +95,8 @@ class TokenLogprob:
 class OutputChunk:
     """What became final since the last chunk. Only the last one carries a `finish_reason`.
 
-    `embedding` is [hidden], of length one, in the only chunk of a pooling request.
+    `embedding` is [hidden], of length one, in the only chunk of a pooling request; `refusal` says, in the only chunk,
+    that the request was never taken in.
     """
 
     text: str
@@ -106,6 +108,11 @@ class OutputChunk:
     error: str | None = None
     embedding: NDArray[np.float32] | None = None
     num_cached_tokens: int = 0
+    refusal: EngineError | None = None
+
+    @classmethod
+    def of_refusal(cls, refusal: EngineError) -> OutputChunk:
+        return cls("", (), None, FinishReason.ERROR, 0, 0, error=refusal.message, refusal=refusal)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ Before the trigger nothing is masked, and it costs nothing. Knows bytes of token
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from service.engine.grammar import Bits, Grammar, Matcher
+from service.engine.grammar import AnyGrammar, Bits, Grammar, Matcher
+from service.engine.grammar_source import GrammarOrder
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,14 @@ class TriggeredGrammar:
 
     def start(self, ignore_eos: bool = False) -> TriggeredMatcher:
         return TriggeredMatcher(self, ignore_eos)
+
+    def order(self) -> GrammarOrder:
+        return replace(self.grammar.order(), trigger=self.trigger, max_uses=self.max_uses)
+
+
+def carried_out(order: GrammarOrder, grammar: Grammar) -> AnyGrammar:
+    """What was ordered, from the compiled grammar of its source."""
+    return grammar if order.trigger is None else TriggeredGrammar(grammar, order.trigger, order.max_uses)
 
 
 class TriggeredMatcher:

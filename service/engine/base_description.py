@@ -1,0 +1,69 @@
+"""What there is to know of the loaded base without its weights: names, tokenizer, chat format, bounds.
+
+Can be sent to another process: the one that talks to clients needs no more than this. Knows no layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from adapters.peft_format import BaseSignature
+from service.engine.errors import ChatTemplateError
+from service.engine.frozen_linear import Quantization
+
+
+@dataclass(frozen=True)
+class BaseDescription:
+    """`fingerprint` names the weights, however they are quantized; `max_model_len` is prompt + answer, in tokens."""
+
+    name: str
+    tokenizer: Tokenizer
+    quantization: Quantization
+    fingerprint: str
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+    pad_token_id: int
+    vocab_size: int
+    signature: BaseSignature
+
+    @property
+    def chat_template(self) -> str:
+        """The template's text; the one for tools where there are several."""
+        return str(self.tokenizer.get_chat_template(tools=[{}]))
+
+    @property
+    def added_tokens(self) -> frozenset[str]:
+        """Texts that are one token each, whatever stands around them."""
+        return frozenset(self.tokenizer.get_added_vocab())
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """The prompt's tokens in the base's own chat format.
+
+        Raises:
+            ChatTemplateError: the template refuses the messages.
+        """
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] if tools else None,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=True,
+                return_dict=False,
+            )
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            raise ChatTemplateError(f"the chat template of {self.name}: {error}", param="messages") from error
+        return list(ids)
+
+    def description(self) -> BaseDescription:
+        """This, without whatever else a subclass holds."""
+        return BaseDescription(**{field.name: getattr(self, field.name) for field in fields(BaseDescription)})

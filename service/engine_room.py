@@ -1,0 +1,119 @@
+"""Base, engine and training, wired: what runs beside the API, in its process or in one of its own. Knows no HTTP."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+from adapters.peft_format import LoraWeights, read_adapter
+from adapters.store import AdapterStore
+from service.config import Settings
+from service.database import Database, connect
+from service.engine.base_model import BaseModel, Quantization, load_base_model
+from service.engine.engine import Engine
+from service.engine.engine_config import EngineConfig
+from service.engine.observation import EngineObserver
+from service.files import Files
+from service.job_queue import JobQueue
+from service.jobs import JobObserver
+from service.resume_points import ResumePoints
+from service.tuning import TuningObserver, TuningServices
+from service.tuning_worker import TuningWorker
+
+
+class Observer(EngineObserver, TuningObserver, JobObserver, Protocol):
+    """Hears of everything that happens here."""
+
+
+@dataclass(frozen=True)
+class Archive:
+    """What lasts: rows, files and adapters."""
+
+    database: Database
+    files: Files
+    store: AdapterStore
+    url: str
+
+    @classmethod
+    @contextmanager
+    def open(cls, settings: Settings) -> Iterator[Self]:
+        """Raises ServiceError when the database cannot be used."""
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        database = connect(settings.resolved_database_url)
+        url = settings.resolved_storage_url.rstrip("/")
+        try:
+            files = Files(database, f"{url}/files", max_bytes=settings.max_file_bytes)
+            yield cls(database, files, AdapterStore(f"{url}/adapters", settings.data_dir / "cache" / "adapters"), url)
+        finally:
+            database.close()
+
+
+@contextmanager
+def running_engine(
+    settings: Settings, archive: Archive, observer: Observer, on_delivered: Callable[[], None] = lambda: None
+) -> Iterator[Engine]:
+    """An engine on the loaded base, with training beside it where the settings ask for it.
+
+    Takes as long as the base takes to load. Raises EngineError or AdapterError with a message for the operator.
+    """
+    base = load_base_model(
+        settings.base,
+        quantization=Quantization(settings.quantization),
+        device=settings.device,
+        name=settings.base_name,
+        max_model_len=settings.max_model_len,
+    )
+    with ExitStack() as stack:
+        source = _adapter_source(archive.store, base, settings)
+        engine = Engine(base, source, _engine_config(settings), observer, on_delivered=on_delivered)
+        engine.start()
+        stack.callback(engine.shutdown, 0.0)
+        if settings.training:
+            worker = _tuning_worker(settings, archive, base, engine, observer)
+            worker.start()
+            stack.callback(worker.stop)
+        yield engine
+
+
+def _tuning_worker(
+    settings: Settings, archive: Archive, base: BaseModel, engine: Engine, observer: Observer
+) -> TuningWorker:
+    services = TuningServices(
+        queue=JobQueue(archive.database, lease_seconds=settings.lease_seconds, observer=observer),
+        files=archive.files,
+        store=archive.store,
+        resume_points=ResumePoints(archive.url),
+        base=base,
+        engine=engine,
+        observer=observer,
+        max_lora_rank=settings.max_lora_rank,
+        save_every_seconds=settings.resume_point_seconds,
+    )
+    return TuningWorker(services, name=f"{socket.gethostname()}-{os.getpid()}")
+
+
+def _adapter_source(store: AdapterStore, base: BaseModel, settings: Settings) -> Callable[[str], LoraWeights]:
+    def load(digest: str) -> LoraWeights:
+        return read_adapter(store.directory(digest), base.signature, max_rank=settings.max_lora_rank)
+
+    return load
+
+
+def _engine_config(settings: Settings) -> EngineConfig:
+    return EngineConfig(
+        kv_cache_bytes=settings.kv_cache_bytes,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        prefill_chunk=settings.prefill_chunk,
+        max_lora_slots=settings.max_lora_slots,
+        max_lora_rank=settings.max_lora_rank,
+        max_host_adapters=settings.max_host_adapters,
+        host_adapter_bytes=settings.host_adapter_bytes,
+        prefix_cache=settings.prefix_cache,
+        max_waiting=settings.max_waiting,
+        cuda_graphs=settings.cuda_graphs,
+    )
