@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from adapters.errors import AdapterFormatError, BaseMismatchError
-from adapters.peft_format import BaseSignature, LinearShape, LoraSpec, read_adapter, write_adapter
+from adapters.peft_format import BaseSignature, LinearShape, LoraSpec, TensorIdentity, read_adapter, write_adapter
 from tests.adapters.loras import random_lora
 
 
@@ -29,7 +29,10 @@ def signature(tiny_llama_dir: Path) -> BaseSignature:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
-    embeddings = {"lm_head.weight": model.lm_head.weight, "model.embed_tokens.weight": model.model.embed_tokens.weight}
+    embeddings = {
+        "lm_head.weight": TensorIdentity.of(model.lm_head.weight),
+        "model.embed_tokens.weight": TensorIdentity.of(model.model.embed_tokens.weight),
+    }
     return BaseSignature(
         {n: LinearShape(*s) for n, s in modules.items()}, "fingerprint", frozenset({"tiny"}), "lm_head", embeddings
     )
