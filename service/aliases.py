@@ -2,6 +2,7 @@
 
 Setting, publishing and rolling back are the same move: one appended row, and the pointer set to it in the same
 transaction. `previous` of a move is where a rollback of it goes, so rolling back twice goes back two.
+A canary or a shadow compares with what the alias points at, so any move ends them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from sqlalchemy.engine import Connection
 
 from service.database import Database, lock_tenant
 from service.errors import ConflictError, InvalidRequestError, NotFoundError
+from service.experiment import Outcome
+from service.experiment_rows import end_experiments
 from service.tables import adapter_versions, alias_moves, aliases, epoch_now
 from service.versions import find_version, model_not_found
 
@@ -24,10 +27,11 @@ NUM_MOVES_SHOWN = 100
 
 
 class MoveKind(StrEnum):
-    """Why an alias moved: a client set it, a job published to it, or it was rolled back."""
+    """Why an alias moved: a client set it, a job published to it, a version was promoted, or it was rolled back."""
 
     SET = "set"
     PUBLISHED = "published"
+    PROMOTED = "promoted"
     ROLLBACK = "rollback"
 
 
@@ -58,11 +62,11 @@ class Aliases:
         """By name."""
         names = sa.select(aliases.c.name).where(aliases.c.tenant_id == tenant_id).order_by(aliases.c.name)
         with self._database.read() as connection:
-            return [_get(connection, tenant_id, name) for name in connection.execute(names).scalars()]
+            return [alias_in(connection, tenant_id, name) for name in connection.execute(names).scalars()]
 
     def get(self, tenant_id: str, name: str) -> Alias:
         with self._database.read() as connection:
-            return _get(connection, tenant_id, name)
+            return alias_in(connection, tenant_id, name)
 
     def set(self, tenant_id: str, name: str, model: str) -> Alias:
         """Point `name` at one of the tenant's own versions or checkpoints; setting it again is no move."""
@@ -73,13 +77,14 @@ class Aliases:
                 raise model_not_found(model)
             if active_model(connection, tenant_id, name) != model:
                 move_alias(connection, tenant_id, name, model, MoveKind.SET)
-            return _get(connection, tenant_id, name)
+            return alias_in(connection, tenant_id, name)
 
     def delete(self, tenant_id: str, name: str) -> None:
-        """The pointer and its history; the models stay."""
+        """The pointer and its history; the models stay, a running canary or shadow ends."""
         with self._database.begin() as connection:
             lock_tenant(connection, tenant_id)
-            _get(connection, tenant_id, name)
+            alias_in(connection, tenant_id, name)
+            end_experiments(connection, tenant_id, name, Outcome.ALIAS_DELETED, "The alias was deleted.")
             mine = sa.and_(aliases.c.tenant_id == tenant_id, aliases.c.name == name)
             connection.execute(aliases.delete().where(mine))
             moves = sa.and_(alias_moves.c.tenant_id == tenant_id, alias_moves.c.alias == name)
@@ -89,14 +94,14 @@ class Aliases:
         """Back to what it pointed at before (models deleted since are skipped); a second call goes further."""
         with self._database.begin() as connection:
             lock_tenant(connection, tenant_id)
-            _get(connection, tenant_id, name)
+            alias_in(connection, tenant_id, name)
             target = _rollback_target(connection, tenant_id, name)
             if target is None:
                 raise ConflictError(
                     f"Alias '{name}' has no earlier model to go back to.", param="alias", code="nothing_to_roll_back"
                 )
             _append(connection, tenant_id, name, target.model, MoveKind.ROLLBACK, target.previous)
-            return _get(connection, tenant_id, name)
+            return alias_in(connection, tenant_id, name)
 
 
 def check_alias_name(name: str, base_model: str) -> None:
@@ -129,6 +134,7 @@ def names_pointing_at(connection: Connection, tenant_id: str, model: str) -> lis
 def _append(
     connection: Connection, tenant_id: str, name: str, model: str, kind: MoveKind, previous: int | None
 ) -> None:
+    end_experiments(connection, tenant_id, name, Outcome.SUPERSEDED, f"The alias moved to '{model}' ({kind}).")
     move = {"tenant_id": tenant_id, "alias": name, "model": model, "kind": kind, "previous": previous}
     insert = alias_moves.insert().values(**move, created_at=epoch_now()).returning(alias_moves.c.seq)
     seq = connection.execute(insert).scalar_one()
@@ -155,7 +161,8 @@ def _rollback_target(connection: Connection, tenant_id: str, name: str) -> sa.Ro
     return None
 
 
-def _get(connection: Connection, tenant_id: str, name: str) -> Alias:
+def alias_in(connection: Connection, tenant_id: str, name: str) -> Alias:
+    """Raises NotFoundError (`alias_not_found`)."""
     active = _active_move(connection, tenant_id, name)
     if active is None:
         raise NotFoundError(f"There is no alias '{name}'.", param="alias", code="alias_not_found")

@@ -8,7 +8,22 @@ from contextlib import ExitStack, contextmanager
 from fastapi import FastAPI
 from pydantic import SecretStr
 
-from service.api import adapters, admin, aliases, chat, completions, embeddings, files, fine_tuning, models
+from service.api import (
+    adapters,
+    admin,
+    aliases,
+    canaries,
+    chat,
+    completions,
+    embeddings,
+    feedback,
+    files,
+    fine_tuning,
+    models,
+)
+from service.api import (
+    settings as tenant_settings,
+)
 from service.api.errors import install_error_handlers
 from service.api.middleware import RequestMiddleware
 from service.api.services import Services
@@ -23,6 +38,7 @@ from service.job_queue import JobQueue
 from service.jobs import Jobs
 from service.metrics import Metrics
 from service.registry import BaseIdentity, Registry
+from service.rollout import open_rollout
 from service.tenants import Tenants
 
 ENGINE_MAIN = "service.engine_main"
@@ -33,7 +49,9 @@ def create_app(services: Services) -> FastAPI:
     """The API. It starts and stops nothing: `open_services` does."""
     app = FastAPI(title="Rootstock", openapi_url=None)  # nothing is shown to who has no key
     app.state.services = services
-    for module in (chat, completions, embeddings, files, fine_tuning, models, adapters, aliases, admin):
+    for module in (chat, completions, embeddings, files, fine_tuning, models, adapters, aliases, canaries, feedback):
+        app.include_router(module.router)
+    for module in (tenant_settings, admin):
         app.include_router(module.router)
     install_error_handlers(app)
     app.add_middleware(
@@ -61,6 +79,7 @@ def open_services(settings: Settings, metrics: Metrics, admin_key: SecretStr) ->
         base = engine.base
         grammars = GrammarCompiler(base)
         stack.callback(grammars.close)
+        registry = Registry(archive.database, BaseIdentity(base.name, base.fingerprint))
         yield Services(
             settings=settings,
             admin_key=admin_key,
@@ -72,8 +91,9 @@ def open_services(settings: Settings, metrics: Metrics, admin_key: SecretStr) ->
             tenants=Tenants(archive.database),
             files=archive.files,
             jobs=Jobs(archive.database, metrics),
-            registry=Registry(archive.database, BaseIdentity(base.name, base.fingerprint)),
+            registry=registry,
             store=archive.store,
+            rollout=stack.enter_context(open_rollout(archive.database, registry, engine, metrics, settings)),
         )
 
 

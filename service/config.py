@@ -104,6 +104,16 @@ class Settings(BaseSettings):
         30.0, ge=0.0, description="How often a running job saves the state that a restart goes on from."
     )
 
+    completion_retention_days: float = Field(
+        30.0,
+        ge=0.0,
+        description="How long feedback may refer to an answer: its id and model are kept, no text. 0: never.",
+    )
+    max_completion_records: int = Field(
+        1_000_000, ge=1, description="Answers remembered for feedback at most; the oldest are dropped first."
+    )
+    feedback_retention_days: float = Field(365.0, gt=0.0, description="How long feedback itself is kept.")
+
     max_body_bytes: ByteSize = Field(ByteSize(8 * MIB), ge=1024, description="Largest JSON request body.")
     max_file_bytes: ByteSize = Field(ByteSize(512 * MIB), ge=1024, description="Largest uploaded file.")
     drain_seconds: float = Field(

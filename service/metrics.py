@@ -64,6 +64,7 @@ class Metrics:
         self._define_request_metrics()
         self._define_adapter_metrics()
         self._define_job_metrics()
+        self._define_rollout_metrics()
         self._tenant_labels = TenantLabels(
             max_tenant_labels, on_removed=self._remove_label, on_overflow=self._tenant_label_overflow.inc
         )
@@ -139,6 +140,26 @@ class Metrics:
     def tokens_trained(self, num_tokens: int) -> None:
         self._tokens.labels("training").inc(num_tokens)
 
+    # service.rollout: what puts versions into service.
+
+    def canary_answered(self, arm: str, outcome: str) -> None:
+        """A request for an alias that has a canary; the arm is stable or canary."""
+        self._canary_requests.labels(arm, outcome).inc()
+
+    def canary_ended(self, outcome: str, reason: str) -> None:
+        """By itself: rolled_back because of `error` or `down` (feedback), or promoted."""
+        self._canary_ends.labels(outcome, reason).inc()
+
+    def shadow_ended(self, outcome: str) -> None:
+        self._shadow_requests.labels(outcome).inc()
+
+    def feedback_given(self, rating: float | None) -> None:
+        kind = "none" if rating is None else "up" if rating > 0 else "down" if rating < 0 else "neutral"
+        self._feedback.labels(kind).inc()
+
+    def completion_record_dropped(self) -> None:
+        self._completion_records_dropped.inc()
+
     # Gauges are read when somebody scrapes.
 
     def watch_engine(self, stats: Callable[[], EngineStats]) -> None:
@@ -196,6 +217,17 @@ class Metrics:
         )
         self._jobs = self._counter("jobs", "Fine-tuning jobs that entered a state.", "state")
         self._job_fenced_writes = self._counter("job_fenced_writes", "Writes refused: the claim was lost.")
+
+    def _define_rollout_metrics(self) -> None:
+        self._canary_requests = self._counter(
+            "canary_requests", "Requests for an alias with a canary, by the side that answered.", "arm", "outcome"
+        )
+        self._canary_ends = self._counter("canary_ends", "Canaries that ended by themselves.", "outcome", "reason")
+        self._shadow_requests = self._counter("shadow_requests", "Copies of requests for shadows.", "outcome")
+        self._feedback = self._counter("feedback", "Feedback taken.", "rating")
+        self._completion_records_dropped = self._counter(
+            "completion_records_dropped", "Answers that feedback cannot refer to: the database was too slow."
+        )
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, namespace="rootstock", registry=self.registry)

@@ -5,6 +5,7 @@ A tenant that asks for somebody else's model learns that there is none.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -14,6 +15,8 @@ from adapters.errors import BaseMismatchError
 from service.aliases import Aliases, active_model, names_pointing_at
 from service.database import Database, lock_tenant
 from service.errors import ConflictError, InvalidRequestError
+from service.experiment_rows import aliases_trying
+from service.routing import Found, ResolvedModel, Route, Servable, find, route_of
 from service.tables import adapter_versions, jobs
 from service.versions import AdapterVersion, find_version, model_not_found, version_of
 
@@ -27,18 +30,6 @@ class BaseIdentity:
     created_at: float = 0.0
 
 
-@dataclass(frozen=True)
-class ResolvedModel:
-    """What a request's `model` means. `digest` is None for the base itself."""
-
-    id: str
-    digest: str | None
-
-    @property
-    def is_base(self) -> bool:
-        return self.digest is None
-
-
 class Registry:
     def __init__(self, database: Database, base: BaseIdentity) -> None:
         self._database = database
@@ -46,21 +37,25 @@ class Registry:
         self.aliases = Aliases(database, base.name)
 
     def resolve(self, tenant_id: str, model: str) -> ResolvedModel:
-        """What base id, version id, checkpoint id or alias `model` is, for use in a request.
+        """What base id, version id, checkpoint id or alias `model` is, for use in a request; of an alias what it
+        points at, whatever it tries out.
 
         Raises NotFoundError (`model_not_found`), or BaseMismatchError when the adapter was trained on other
         weights than the loaded ones.
         """
         if model == self.base.name:
             return ResolvedModel(model, None)
-        version = self.version(tenant_id, model)
-        if version.base_fingerprint != self.base.fingerprint:
-            raise BaseMismatchError(
-                f"Model '{version.id}' was trained on '{version.base_model}' with other weights than the loaded "
-                f"base '{self.base.name}': serve that base, or fine-tune again",
-                param="model",
-            )
-        return ResolvedModel(version.id, version.digest)
+        return self._find(tenant_id, model).stable.model
+
+    def route(self, tenant_id: str, model: str, who: Callable[[], str]) -> Route:
+        """As `resolve`, and the end user's side of the alias's canary. `who` is asked only if there is one."""
+        if model == self.base.name:
+            return Route(ResolvedModel(model, None))
+        return route_of(self._find(tenant_id, model), who, self.serves)
+
+    def serves(self, version: Servable | AdapterVersion) -> bool:
+        """Whether it was trained on the weights that are loaded."""
+        return version.base_fingerprint == self.base.fingerprint
 
     def versions(self, tenant_id: str) -> list[AdapterVersion]:
         """Published models, newest first; checkpoints are not listed."""
@@ -72,7 +67,7 @@ class Registry:
             return [version_of(row) for row in rows]
 
     def version(self, tenant_id: str, model: str) -> AdapterVersion:
-        """Of a version id, a checkpoint id or an alias. Raises NotFoundError."""
+        """Of a version id, a checkpoint id or an alias (what it points at). Raises NotFoundError."""
         with self._database.read() as connection:
             found = find_version(connection, tenant_id, model)
             if found is None:
@@ -85,7 +80,7 @@ class Registry:
     def delete_model(self, tenant_id: str, model: str) -> str | None:
         """The digest that nobody refers to any more, for the caller to retire; None when somebody still does.
 
-        Refused while an alias points at the model or an unfinished job starts from it.
+        Refused while an alias points at the model or tries it out, or an unfinished job starts from it.
         """
         if model == self.base.name:
             raise InvalidRequestError("The base model cannot be deleted.", param="model")
@@ -99,12 +94,36 @@ class Registry:
             others = sa.select(adapter_versions.c.id).where(adapter_versions.c.digest == version.digest)
             return None if connection.execute(others).first() else version.digest
 
+    def _find(self, tenant_id: str, model: str) -> Found:
+        with self._database.read() as connection:
+            found = find(connection, tenant_id, model)
+        if found is None:
+            raise model_not_found(model)
+        self.check_base(found.stable)
+        return found
+
+    def check_base(self, version: Servable | AdapterVersion) -> None:
+        """Raises BaseMismatchError."""
+        if not self.serves(version):
+            raise BaseMismatchError(
+                f"Model '{version.id}' was trained on '{version.base_model}' with other weights than the loaded "
+                f"base '{self.base.name}': serve that base, or fine-tune again",
+                param="model",
+            )
+
 
 def _refuse_if_used(connection: Connection, version: AdapterVersion) -> None:
     names = names_pointing_at(connection, version.tenant_id, version.id)
     if names:
         raise ConflictError(
             f"The alias {', '.join(names)} points at model '{version.id}': move or delete the alias first.",
+            param="model",
+            code="model_in_use",
+        )
+    names = aliases_trying(connection, version.tenant_id, version.id)
+    if names:
+        raise ConflictError(
+            f"The alias {', '.join(names)} tries out model '{version.id}' as its canary or shadow: end that first.",
             param="model",
             code="model_in_use",
         )

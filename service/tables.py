@@ -152,6 +152,100 @@ aliases = Table(
 )
 """The active pointer of each alias."""
 
+experiments = Table(
+    "experiments",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    _tenant_column(),
+    Column("alias", String(64), nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("stable_model", String(512), nullable=False),
+    Column("stable_digest", String(64), nullable=False),
+    Column("model", String(512), nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("percent", Float(53), nullable=False),
+    Column("policy", sa.JSON, nullable=False),
+    Column("created_at", Float(53), nullable=False),
+    Column("outcome", String(16)),
+    Column("reason", Text),
+    Column("ended_at", Float(53)),
+    Index("experiments_by_alias", "tenant_id", "alias", "seq"),
+    Index(
+        "one_running_experiment",
+        *("tenant_id", "alias", "kind"),
+        unique=True,
+        sqlite_where=sa.text("outcome IS NULL"),
+        postgresql_where=sa.text("outcome IS NULL"),
+    ),
+    sqlite_autoincrement=True,
+)
+"""Canaries and shadows of aliases; those without an `outcome` are running."""
+
+experiment_measures = Table(
+    "experiment_measures",
+    metadata,
+    Column("experiment_id", ForeignKey("experiments.id", ondelete="CASCADE"), primary_key=True),
+    Column("arm", String(16), primary_key=True),
+    Column("name", String(32), primary_key=True),
+    Column("count", sa.BigInteger, nullable=False, default=0),
+    Column("total", Float(53), nullable=False, default=0.0),
+    Column("squares", Float(53), nullable=False, default=0.0),
+)
+"""What each arm of an experiment has shown so far: for every measure its count, sum and sum of squares."""
+
+completions = Table(
+    "completions",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    _tenant_column(index=True),
+    Column("model", String(512), nullable=False),
+    Column("digest", String(64)),
+    Column("alias", String(64)),
+    Column("experiment_id", String(64)),
+    Column("arm", String(16)),
+    Column("unit", String(32)),
+    Column("created_at", Float(53), nullable=False, index=True),
+    sqlite_autoincrement=True,
+)
+"""Which model gave which answer: what feedback refers to. No text; dropped after the time of retention."""
+
+feedback = Table(
+    "feedback",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    _tenant_column(),
+    Column("completion_id", String(64), nullable=False),
+    Column("user_digest", String(64), nullable=False),
+    Column("rating", Float(53)),
+    Column("label", String(128)),
+    Column("corrected", Text),
+    Column("model", String(512), nullable=False),
+    Column("digest", String(64)),
+    Column("alias", String(64)),
+    Column("experiment_id", String(64)),
+    Column("arm", String(16)),
+    Column("unit", String(32)),
+    Column("represents_unit", Boolean, nullable=False),
+    Column("created_at", Float(53), nullable=False, index=True),
+    Column("updated_at", Float(53), nullable=False),
+    sa.UniqueConstraint("tenant_id", "completion_id", "user_digest"),
+    Index("feedback_by_unit", "experiment_id", "unit"),
+    Index("feedback_by_digest", "tenant_id", "digest", "created_at"),
+    sqlite_autoincrement=True,
+)
+"""`represents_unit`: the one rating of its end user that counts in the comparison of a canary."""
+
+tenant_settings = Table(
+    "tenant_settings",
+    metadata,
+    _tenant_column(primary_key=True),
+    Column("capture", Boolean, nullable=False, default=False),
+)
+"""What a tenant has chosen; without a row, the defaults."""
+
 
 class epoch_now(FunctionElement[float]):
     """Unix seconds by the database's clock, read when the statement runs (not when its transaction began)."""

@@ -9,13 +9,27 @@ import pytest
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
 
-from service.api import adapters, admin, aliases, chat, completions, embeddings, files, fine_tuning, models
+from service.api import (
+    adapters,
+    admin,
+    aliases,
+    canaries,
+    chat,
+    completions,
+    embeddings,
+    feedback,
+    files,
+    fine_tuning,
+    models,
+    settings,
+)
 from service.config import Settings
 from service.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODULES = (chat, completions, embeddings, files, fine_tuning, models, adapters, aliases, admin)
+MODULES = (chat, completions, embeddings, files, fine_tuning, models, adapters, aliases, canaries)
+MODULES += (feedback, settings, admin)
 EXPORTED_BY_THE_ENGINE = {
     "rootstock_requests_running",
     "rootstock_requests_waiting",

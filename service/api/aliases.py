@@ -1,4 +1,4 @@
-"""/v1/aliases: a tenant's stable names for its models, with history and rollback."""
+"""/v1/aliases: a tenant's stable names for its models, with history, promotion and rollback."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ class AliasRequest(WireModel):
     model: str = Field(min_length=1, max_length=512)
 
 
+class PromoteRequest(WireModel):
+    model: str | None = Field(None, min_length=1, max_length=512)
+
+
 @router.get("", dependencies=[Depends(only_query())])
 def list_aliases(tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
     return list_body([alias_body(alias) for alias in services.registry.aliases.list(tenant.id)])
@@ -39,6 +43,13 @@ def get_alias(alias: str, tenant: TenantDep, services: ServicesDep) -> dict[str,
 def delete_alias(alias: str, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
     services.registry.aliases.delete(tenant.id, alias)
     return {"id": alias, "object": "alias", "deleted": True}
+
+
+@router.post("/{alias}/promote")
+def promote(alias: str, tenant: TenantDep, services: ServicesDep, body: PromoteRequest | None = None) -> dict[str, Any]:
+    """Of the canary that runs, or of the `model` that the body names."""
+    model = None if body is None else body.model
+    return alias_body(services.rollout.canaries.promote(tenant.id, alias, model))
 
 
 @router.post("/{alias}/rollback")

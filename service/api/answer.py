@@ -9,12 +9,14 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from adapters.errors import AdapterError
+from service.api.answer_watch import AnswerWatch
 from service.api.generation import Generation, unless_disconnected
 from service.api.schemas import GenerationParams
 from service.api.services import Services
@@ -24,7 +26,7 @@ from service.engine.grammar import AnyGrammar
 from service.engine.sequence import FinishReason, GenerationRequest, OutputChunk, SamplingParams, TokenLogprob
 from service.errors import InvalidRequestError, ServiceError, wire_error
 from service.metrics import Origin
-from service.registry import ResolvedModel
+from service.routing import ResolvedModel, Route
 from service.tenants import Tenant
 
 NUM_SEEDS = 2**63
@@ -97,17 +99,21 @@ class _TokenCount:
 
 @dataclass(frozen=True)
 class Ask:
-    """A request, understood: whose, of which model, how to sample, and the prompts as tokens."""
+    """A request, understood: whose, which model answers, how to sample, and the prompts as tokens."""
 
     operation: str
     head: Head
     tenant: Tenant
-    model: ResolvedModel
+    route: Route
     params: GenerationParams
     prompts: Sequence[tuple[int, ...]]
     max_tokens: int | None
     logprobs: int | None
     grammar: AnyGrammar | None = None
+
+    @property
+    def model(self) -> ResolvedModel:
+        return self.route.model
 
     def check_lengths(self, max_model_len: int, param: str) -> None:
         """Raises InvalidRequestError when a prompt and its answer cannot fit the context."""
@@ -165,43 +171,62 @@ async def answer(request: Request, services: Services, ask: Ask, shape: AnswerSh
     Sets `request.state.outcome` for the metrics where the status alone does not tell.
     """
     origin = Origin(ask.operation, request.state.trace_id)
-    limit = services.settings.request_timeout_seconds
-    generation = Generation(services.engine, services.metrics, ask.requests(limit), origin)
-    headers = {} if ask.model.digest is None else {"x-rootstock-adapter": ask.model.digest}
+    requests = ask.requests(services.settings.request_timeout_seconds)
+    generation = Generation(services.engine, services.metrics, requests, origin)
+    watch = AnswerWatch(services.rollout, ask.head.id, ask.tenant.id, ask.route, requests)
+    headers = watch.headers
+    if ask.model.digest is not None:
+        headers["x-rootstock-adapter"] = ask.model.digest
     try:
         await unless_disconnected(request, generation.start())
+        watch.started()
         if ask.params.stream:
             request.state.outcome = "aborted"  # until the last event is sent
-            events = _events(request, generation, ask, shape)
-            return EventStream(events, generation.aclose, headers)
-        body = await unless_disconnected(request, _body(generation, ask, shape))
-    except BaseException:
+            events = _events(request, generation, ask, shape, watch)
+            return EventStream(events, partial(_release, generation, watch), headers)
+        body = await unless_disconnected(request, _body(generation, ask, shape, watch))
+    except BaseException as error:
+        watch.failed(error)
         await generation.aclose()
         raise
     return JSONResponse(body, headers=headers)
 
 
-async def _body(generation: Generation, ask: Ask, shape: AnswerShape) -> dict[str, Any]:
+async def _release(generation: Generation, watch: AnswerWatch) -> None:
+    watch.abandoned()
+    await generation.aclose()
+
+
+async def _body(generation: Generation, ask: Ask, shape: AnswerShape, watch: AnswerWatch) -> dict[str, Any]:
     choices = [Choice() for _ in range(generation.num_choices)]
     count = _TokenCount(ask.params.num_choices)
     async for index, chunk in generation.chunks():
+        if watch.is_watching:
+            watch.add(index, chunk)
         choices[index].add(chunk)
         count.add(index, chunk)
+    watch.finished()
     return shape.body(choices, count.usage())
 
 
-async def _events(request: Request, generation: Generation, ask: Ask, shape: AnswerShape) -> AsyncIterator[bytes]:
+async def _events(
+    request: Request, generation: Generation, ask: Ask, shape: AnswerShape, watch: AnswerWatch
+) -> AsyncIterator[bytes]:
     count = _TokenCount(ask.params.num_choices)
     outcome = "success"
     try:
         async for index, chunk in generation.chunks():
+            if watch.is_watching:
+                watch.add(index, chunk)
             count.add(index, chunk)
             if events := shape.chunk_events(index, chunk):
                 yield events
+        watch.finished()
         if ask.params.include_usage:
             yield shape.usage_event(count.usage())
     except (ServiceError, EngineError, AdapterError) as error:
         outcome = "error"
+        watch.failed(error)
         yield event(wire_error(error).body)
     yield DONE
     request.state.outcome = outcome

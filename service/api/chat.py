@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from fastapi.responses import Response
 
 from service.api.answer import Ask, Choice, Head, Usage, answer
 from service.api.auth import TenantDep
+from service.api.end_user import end_user
 from service.api.logprobs import chat_logprobs
 from service.api.schemas import ChatRequest
 from service.api.services import Services, ServicesDep
@@ -29,7 +30,7 @@ router = APIRouter(tags=["chat"])
 async def create_chat_completion(
     body: ChatRequest, request: Request, tenant: TenantDep, services: ServicesDep
 ) -> Response:
-    ask = await run_in_threadpool(_understand, body, tenant, services)
+    ask = await run_in_threadpool(_understand, body, end_user(request, body), tenant, services)
     calls: CallSyntax | None = None
     if body.may_call:
         grammar, calls = await tool_grammar(body, services.tool_format, services.grammars)
@@ -39,13 +40,13 @@ async def create_chat_completion(
     return await answer(request, services, ask, ChatShape(ask.head, body.include_usage, calls))
 
 
-def _understand(body: ChatRequest, tenant: Tenant, services: Services) -> Ask:
-    model = services.registry.resolve(tenant.id, body.model)
+def _understand(body: ChatRequest, who: Callable[[], str], tenant: Tenant, services: Services) -> Ask:
+    route = services.registry.route(tenant.id, body.model, who)
     ask = Ask(
         operation="chat",
-        head=Head.new("chatcmpl", model, services),
+        head=Head.new("chatcmpl", route.model, services),
         tenant=tenant,
-        model=model,
+        route=route,
         params=body,
         prompts=[tuple(_render(body, services))],
         max_tokens=body.max_completion_tokens or body.max_tokens,

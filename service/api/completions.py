@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from fastapi.responses import Response
 
 from service.api.answer import Ask, Choice, Head, Usage, answer
 from service.api.auth import TenantDep
+from service.api.end_user import end_user
 from service.api.logprobs import legacy_logprobs
 from service.api.schemas import CompletionRequest
 from service.api.services import Services, ServicesDep
@@ -36,21 +37,23 @@ router = APIRouter(tags=["completions"])
 async def create_completion(
     body: CompletionRequest, request: Request, tenant: TenantDep, services: ServicesDep
 ) -> Response:
-    ask, source = await run_in_threadpool(_understand, body, tenant, services)
+    ask, source = await run_in_threadpool(_understand, body, end_user(request, body), tenant, services)
     if source is not None:
         ask = replace(ask, grammar=await services.grammars.compile(source))
     return await answer(request, services, ask, CompletionShape(ask.head, body.include_usage))
 
 
-def _understand(body: CompletionRequest, tenant: Tenant, services: Services) -> tuple[Ask, GrammarSource | None]:
-    model = services.registry.resolve(tenant.id, body.model)
+def _understand(
+    body: CompletionRequest, who: Callable[[], str], tenant: Tenant, services: Services
+) -> tuple[Ask, GrammarSource | None]:
+    route = services.registry.route(tenant.id, body.model, who)
     if len(body.prompt) * body.num_choices > MAX_SEQUENCES:
         raise InvalidRequestError(f"Prompts times 'n' may not exceed {MAX_SEQUENCES}.", param="prompt")
     ask = Ask(
         operation="completions",
-        head=Head.new("cmpl", model, services),
+        head=Head.new("cmpl", route.model, services),
         tenant=tenant,
-        model=model,
+        route=route,
         params=body,
         prompts=[_tokens(prompt, services) for prompt in body.prompt],
         max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS,

@@ -22,7 +22,7 @@ from service.engine.errors import EngineError
 from service.engine.sequence import GenerationRequest, SamplingParams
 from service.errors import InvalidRequestError
 from service.metrics import Origin
-from service.registry import ResolvedModel
+from service.routing import ResolvedModel
 from service.tenants import Tenant
 
 MAX_TOTAL_TOKENS = 300_000

@@ -33,6 +33,7 @@ OPERATIONS = {
     "/v1/fine_tuning/": "fine_tuning",
     "/v1/models": "models",
     "/v1/aliases": "aliases",
+    "/v1/feedback": "feedback",
     "/v1/admin/": "admin",
 }
 """Prefix of the path -> the metric label `operation`; anything else is `other`."""

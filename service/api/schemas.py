@@ -2,8 +2,9 @@
 
 A field this service does not know is a 400 that names it. A field of OpenAI's that is not supported yet is
 accepted only at a value that asks for nothing (`tools: null`, `best_of: 1`), listed in `unsupported`.
-Accepted and without effect, because nothing observable would differ: `user`, `safety_identifier`, `metadata`,
-`prompt_cache_key` and `prompt_cache_retention` (hints), `store: false`, `service_tier: auto | default`.
+Accepted and without effect, because nothing observable would differ: `metadata`, `prompt_cache_key` and
+`prompt_cache_retention` (hints), `store: false`, `service_tier: auto | default`. `user` and `safety_identifier` only
+say on which side of an alias's canary a request is.
 """
 
 from __future__ import annotations

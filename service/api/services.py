@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from service.jobs import Jobs
     from service.metrics import Metrics
     from service.registry import Registry
+    from service.rollout import Rollout
     from service.tenants import Tenants
 
 
@@ -38,6 +39,7 @@ class Services:
     jobs: Jobs
     registry: Registry
     store: AdapterStore
+    rollout: Rollout
 
 
 async def _of_request(request: Request) -> Services:

@@ -32,6 +32,7 @@ from service.engine.engine import Engine
 from service.engine.grammar_compiler import GrammarCompiler
 from service.health import Health
 from service.metrics import Metrics
+from service.rollout import open_rollout
 from tests.fakes import FakeEngine
 from tests.service.control_fixtures import Control, make_control
 
@@ -126,6 +127,9 @@ def serve_fake(directory: Path, **settings: object) -> Iterator[Served]:
             jobs=control.jobs,
             registry=control.registry,
             store=AdapterStore(str(directory / "adapters"), directory / "cache"),
+            rollout=stack.enter_context(
+                open_rollout(database, control.registry, cast(Engine, engine), metrics, chosen)
+            ),
         )
         app = create_app(services)
         operations = tuple((method, path) for path, methods in app.openapi()["paths"].items() for method in methods)

@@ -28,6 +28,7 @@ from service.engine.engine_config import EngineConfig
 from service.engine.grammar_compiler import GrammarCompiler
 from service.health import Health
 from service.metrics import Metrics
+from service.rollout import open_rollout
 from tests.adapters.loras import random_lora
 from tests.service.control_fixtures import Control, make_control
 from tests.service.http_fixtures import ADMIN_KEY, serve_apps
@@ -107,6 +108,7 @@ def serve_real(
             jobs=control.jobs,
             registry=control.registry,
             store=AdapterStore(str(directory / "adapters"), directory / "cache"),
+            rollout=stack.enter_context(open_rollout(database, control.registry, engine, metrics, settings)),
         )
         tuned = control.publish(suffix="tuned", digest=ADAPTER)
         ops = create_ops_app(metrics, health)
