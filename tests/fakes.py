@@ -59,12 +59,15 @@ class FakeEngine:
     """Answers every prompt with `pieces`, one token each. Set the other fields to make it misbehave.
 
     `refusal` is raised before the first chunk; `fails_after` ends a sequence with an error after so many tokens;
+    so do the answers of `failing_adapters`, before their first token;
     `endless` goes on until it is aborted; `first_step_blocked` never yields a first token.
     """
 
     pieces: tuple[str, ...] = ("Grüße", ",", " world", "!")
     refusal: EngineError | None = None
     fails_after: int | None = None
+    failing_adapters: set[str] = field(default_factory=set)
+    num_waiting: int = 3
     endless: bool = False
     first_step_blocked: bool = False
     cached: dict[str, int] = field(default_factory=dict)  # tokens by the index of the choice
@@ -127,7 +130,7 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         return EngineStats(
             num_running=self.num_running,
-            num_waiting=3,
+            num_waiting=self.num_waiting,
             kv_usage=0.25,
             slots={"device": 32, "host": 256},
             resident={"device": ("a" * 64,), "host": ("a" * 64, "b" * 64)},
@@ -153,7 +156,7 @@ class FakeEngine:
         budget = sampling.max_tokens or self.base.max_model_len - len(request.prompt_token_ids)
         for number in range(budget):
             await asyncio.sleep(0.001 if self.endless else 0)
-            if number == self.fails_after:
+            if number == self.fails_after or request.adapter in self.failing_adapters:
                 yield self._chunk(request, "", number, FinishReason.ERROR, error="the adapter is damaged")
                 return
             if number >= len(self.pieces) and not self.endless:

@@ -32,7 +32,7 @@ from service.engine.engine import Engine
 from service.engine.grammar_compiler import GrammarCompiler
 from service.health import Health
 from service.metrics import Metrics
-from service.rollout import open_rollout
+from service.rollout import Rollout, open_rollout
 from tests.fakes import FakeEngine
 from tests.service.control_fixtures import Control, make_control
 
@@ -53,6 +53,7 @@ class Served:
     health: Health
     operations: tuple[tuple[str, str], ...]
     """(method, path) of everything the API answers."""
+    rollout: Rollout
     closing: ExitStack
     """Closes, with the service, what its tests opened."""
 
@@ -134,7 +135,7 @@ def serve_fake(directory: Path, **settings: object) -> Iterator[Served]:
         app = create_app(services)
         operations = tuple((method, path) for path, methods in app.openapi()["paths"].items() for method in methods)
         api_url, ops_url = stack.enter_context(serve_apps(app, create_ops_app(metrics, health)))
-        yield Served(api_url, ops_url, control, engine, metrics, health, operations, stack)
+        yield Served(api_url, ops_url, control, engine, metrics, health, operations, services.rollout, stack)
 
 
 @contextmanager

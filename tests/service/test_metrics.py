@@ -30,6 +30,11 @@ CONTRACT = {
     "rootstock_prefix_cache_hits_total": ("counter", set()),
     "rootstock_adapter_evictions_total": ("counter", {"reason"}),
     "rootstock_adapter_verify_failures_total": ("counter", {"reason"}),
+    "rootstock_canary_requests_total": ("counter", {"arm", "outcome"}),
+    "rootstock_canary_ends_total": ("counter", {"outcome", "reason"}),
+    "rootstock_shadow_requests_total": ("counter", {"outcome"}),
+    "rootstock_feedback_total": ("counter", {"rating"}),
+    "rootstock_completion_records_dropped_total": ("counter", set()),
     "rootstock_jobs_total": ("counter", {"state"}),
     "rootstock_job_fenced_writes_total": ("counter", set()),
     "rootstock_engine_restarts_total": ("counter", set()),
@@ -59,6 +64,10 @@ def metrics() -> Metrics:
     metrics.adapter_verify_failed("digest")
     metrics.job_entered(JobStatus.QUEUED)
     metrics.write_fenced()
+    metrics.canary_answered("canary", "success")
+    metrics.canary_ended("rolled_back", "error")
+    metrics.shadow_ended("compared")
+    metrics.feedback_given(1.0)
     metrics.job_run_finished("succeeded", 12.0)
     metrics.tokens_trained(100)
     return metrics
