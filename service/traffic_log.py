@@ -135,7 +135,7 @@ class TrafficLog:
 
     def observed(self, tenant_id: str, experiment_id: str, values: Mapping[tuple[Arm, Measure], float]) -> None:
         """What one answer adds to an experiment's measures."""
-        added = {(experiment_id, *key): Moments.of((value,)) for key, value in values.items()}
+        added = {(experiment_id, *key): Moments(1, value, value * value) for key, value in values.items()}
         with self._lock:
             self._batch.add(tenant_id, experiment_id, added)
         self._pending.set()

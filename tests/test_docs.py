@@ -28,8 +28,20 @@ from service.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODULES = (chat, completions, embeddings, files, fine_tuning, models, adapters, aliases, canaries)
-MODULES += (feedback, settings, admin)
+MODULES = (
+    chat,
+    completions,
+    embeddings,
+    files,
+    fine_tuning,
+    models,
+    adapters,
+    aliases,
+    canaries,
+    feedback,
+    settings,
+    admin,
+)
 EXPORTED_BY_THE_ENGINE = {
     "rootstock_requests_running",
     "rootstock_requests_waiting",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -225,7 +225,7 @@ def test_of_all_who_would_end_a_canary_at_once_one_does(
         observe(traffic, canary, Arm.CANARY, Measure.ERROR, *[1.0] * 60)
         start, before = Barrier(4), len(control.registry.aliases.get(acme, "best").history)
 
-        def together(action: object, start: Barrier = start) -> bool:
+        def together(action: Callable[[], object], start: Barrier = start) -> bool:
             start.wait(10)
             try:
                 action()

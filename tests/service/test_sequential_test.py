@@ -66,12 +66,27 @@ def test_a_canary_that_is_no_worse_is_rarely_taken_back_however_often_one_looks(
 @pytest.mark.parametrize("rate", [0.02, 0.2, 0.5])
 @pytest.mark.parametrize("margin", [0.0, 0.02])
 def test_the_false_alarm_rate_stays_below_alpha_over_500_long_runs(rate: float, margin: float) -> None:
-    """On the edge of the hypothesis, the worst case. A test for one look alarms in a third of such runs."""
+    """On the edge of the hypothesis, the worst case."""
     rng = np.random.default_rng(5)
     alarms = sum(
         first_alarm(rng, (rate + margin, rate), 0.1, 2000, margin=margin, every=10) is not None for _ in range(500)
     )
     assert alarms / 500 <= ALPHA
+
+
+def test_a_test_for_one_look_alarms_far_too_often_when_asked_all_the_time() -> None:
+    """What the others are for: the pooled score test at 5 %, in the same runs."""
+    rng, alarms = np.random.default_rng(5), 0
+    for _ in range(300):
+        is_canary = rng.random(2000) < 0.1
+        bad = rng.random(2000) < 0.2
+        looks = slice(199, None, 10)
+        n, m = np.cumsum(is_canary)[looks], np.cumsum(~is_canary)[looks]
+        s, t = np.cumsum(is_canary & bad)[looks], np.cumsum(~is_canary & bad)[looks]
+        pooled = (s + t) / (n + m)
+        z = (s / n - t / m) / np.sqrt(pooled * (1 - pooled) * (1 / n + 1 / m))
+        alarms += bool((z > 1.645).any())
+    assert alarms / 300 > 0.15
 
 
 @pytest.mark.slow
