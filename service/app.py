@@ -8,24 +8,9 @@ from contextlib import ExitStack, contextmanager
 from fastapi import FastAPI
 from pydantic import SecretStr
 
-from service.api import (
-    adapters,
-    admin,
-    aliases,
-    canaries,
-    chat,
-    completions,
-    embeddings,
-    feedback,
-    files,
-    fine_tuning,
-    models,
-)
-from service.api import (
-    settings as tenant_settings,
-)
 from service.api.errors import install_error_handlers
 from service.api.middleware import RequestMiddleware
+from service.api.routes import ROUTERS
 from service.api.services import Services
 from service.api.tool_format import ToolFormat
 from service.config import Settings
@@ -49,10 +34,8 @@ def create_app(services: Services) -> FastAPI:
     """The API. It starts and stops nothing: `open_services` does."""
     app = FastAPI(title="Rootstock", openapi_url=None)  # nothing is shown to who has no key
     app.state.services = services
-    for module in (chat, completions, embeddings, files, fine_tuning, models, adapters, aliases, canaries, feedback):
-        app.include_router(module.router)
-    for module in (tenant_settings, admin):
-        app.include_router(module.router)
+    for router in ROUTERS:
+        app.include_router(router)
     install_error_handlers(app)
     app.add_middleware(
         RequestMiddleware,

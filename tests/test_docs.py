@@ -6,42 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
-from fastapi import APIRouter
 from fastapi.routing import APIRoute
 
-from service.api import (
-    adapters,
-    admin,
-    aliases,
-    canaries,
-    chat,
-    completions,
-    embeddings,
-    feedback,
-    files,
-    fine_tuning,
-    models,
-    settings,
-)
+from service.api.routes import ROUTERS
 from service.config import Settings
 from service.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODULES = (
-    chat,
-    completions,
-    embeddings,
-    files,
-    fine_tuning,
-    models,
-    adapters,
-    aliases,
-    canaries,
-    feedback,
-    settings,
-    admin,
-)
 EXPORTED_BY_THE_ENGINE = {
     "rootstock_requests_running",
     "rootstock_requests_waiting",
@@ -54,9 +26,8 @@ EXPORTED_BY_THE_ENGINE = {
 
 
 def routes() -> set[str]:
-    routers: list[APIRouter] = [module.router for module in MODULES]
     found = set()
-    for route in (route for router in routers for route in router.routes):
+    for route in (route for router in ROUTERS for route in router.routes):
         assert isinstance(route, APIRoute)
         found |= {f"{method} {route.path.replace(':path', '')}" for method in route.methods or ()}
     return found

@@ -1,0 +1,40 @@
+"""Every router of the API, in the order in which paths are matched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastapi import APIRouter
+
+from service.api import (
+    adapters,
+    admin,
+    aliases,
+    canaries,
+    chat,
+    completions,
+    embeddings,
+    feedback,
+    files,
+    fine_tuning,
+    models,
+    settings,
+)
+
+ROUTERS: Sequence[APIRouter] = tuple(
+    module.router
+    for module in (
+        chat,
+        completions,
+        embeddings,
+        files,
+        fine_tuning,
+        models,
+        adapters,
+        aliases,
+        canaries,
+        feedback,
+        settings,
+        admin,
+    )
+)
