@@ -14,10 +14,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Protocol
 
 from adapters.errors import AdapterError, AdapterFormatError
 from adapters.prepared import PreparedAdapter
+from adapters.slot_observer import SlotObserver
 
 NUM_LOADERS = 4
 """A store on the network answers slowly and many at once."""
@@ -27,14 +27,6 @@ FAILURE_SECONDS = 10.0
 
 _NICENESS = 5
 """Behind decoding, before training."""
-
-
-class SlotObserver(Protocol):
-    """Who wants to know what the tiers do. Called from a loading thread or the engine's."""
-
-    def adapter_loaded(self, tier: str, seconds: float) -> None: ...
-    def adapter_evicted(self, reason: str) -> None: ...
-    def adapter_verify_failed(self, reason: str) -> None: ...
 
 
 class HostCache:

@@ -15,9 +15,10 @@ from contextlib import contextmanager
 import torch
 
 from adapters.errors import AdapterFormatError, NoFreeSlotError
-from adapters.host_cache import HostCache, SlotObserver
+from adapters.host_cache import HostCache
 from adapters.lora import BatchedLoraLinear, SlotTable
 from adapters.prepared import RANK_STEP, PreparedAdapter, padded_rank
+from adapters.slot_observer import SlotObserver
 
 
 class AdapterSlots:

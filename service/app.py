@@ -13,21 +13,18 @@ from service.api.middleware import RequestMiddleware
 from service.api.routes import ROUTERS
 from service.api.services import Services
 from service.api.tool_format import ToolFormat
+from service.archive import Archive
 from service.config import Settings
 from service.engine.engine_process import EngineProcess
 from service.engine.grammar_compiler import GrammarCompiler
 from service.engine.remote_engine import RemoteEngine
 from service.engine.serving_engine import ServingEngine
-from service.engine_room import Archive, running_engine
 from service.job_queue import JobQueue
 from service.jobs import Jobs
 from service.metrics import Metrics
 from service.registry import BaseIdentity, Registry
 from service.rollout import open_rollout
 from service.tenants import Tenants
-
-ENGINE_MAIN = "service.engine_main"
-"""The module that an engine process runs."""
 
 
 def create_app(services: Services) -> FastAPI:
@@ -47,17 +44,19 @@ def create_app(services: Services) -> FastAPI:
 
 
 @contextmanager
-def open_services(settings: Settings, metrics: Metrics, admin_key: SecretStr) -> Iterator[Services]:
+def open_services(
+    settings: Settings, metrics: Metrics, admin_key: SecretStr, engine_process: EngineProcess | None = None
+) -> Iterator[Services]:
     """Everything the routes need, running; stopped in the opposite order.
 
-    Takes as long as the base takes to load. Raises ServiceError, AdapterError or EngineError with a message for
-    the operator when something cannot be opened.
+    `engine_process` is the engine's, where it has been started already. Takes as long as the base takes to load.
+    Raises ServiceError, AdapterError or EngineError with a message for the operator when something cannot be opened.
     """
     with ExitStack() as stack:
         archive = stack.enter_context(Archive.open(settings))
         queue = JobQueue(archive.database, lease_seconds=settings.lease_seconds, observer=metrics)
         metrics.watch_leases(queue.max_lease_age_seconds)
-        engine = stack.enter_context(_engine(settings, archive, metrics))
+        engine = stack.enter_context(_engine(settings, archive, metrics, engine_process))
         metrics.watch_engine(engine.stats)
         base = engine.base
         grammars = GrammarCompiler(base)
@@ -81,13 +80,17 @@ def open_services(settings: Settings, metrics: Metrics, admin_key: SecretStr) ->
 
 
 @contextmanager
-def _engine(settings: Settings, archive: Archive, metrics: Metrics) -> Iterator[ServingEngine]:
+def _engine(
+    settings: Settings, archive: Archive, metrics: Metrics, started: EngineProcess | None
+) -> Iterator[ServingEngine]:
     """In a process of its own, or in this one."""
     if not settings.engine_process:
+        from service.engine_room import running_engine  # kernels and quantization: 200 MB that the API does without
+
         with running_engine(settings, archive, metrics) as engine:
             yield engine
         return
-    remote = RemoteEngine(lambda: EngineProcess(ENGINE_MAIN, settings), metrics)
+    remote = RemoteEngine(lambda: EngineProcess(settings), metrics, started)
     try:
         yield remote
     finally:

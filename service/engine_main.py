@@ -12,13 +12,15 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from adapters.errors import AdapterError
+from service.archive import Archive
 from service.config import Settings
 from service.engine.engine_host import EngineHost
 from service.engine.errors import EngineError
 from service.engine.grammar_compiler import GrammarCompiler
-from service.engine.messages import Line, NotStarted
+from service.engine.line import Line
+from service.engine.messages import NotStarted
 from service.engine.sequence import SequenceReport
-from service.engine_room import Archive, running_engine
+from service.engine_room import running_engine
 from service.errors import ServiceError
 from service.job import JobStatus
 from service.log import configure_logging

@@ -6,18 +6,17 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol
 
 from adapters.peft_format import LoraWeights, read_adapter
 from adapters.store import AdapterStore
+from service.archive import Archive
 from service.config import Settings
-from service.database import Database, connect
-from service.engine.base_model import BaseModel, Quantization, load_base_model
+from service.engine.base_model import BaseModel, load_base_model
 from service.engine.engine import Engine
 from service.engine.engine_config import EngineConfig
 from service.engine.observation import EngineObserver
-from service.files import Files
+from service.engine.quantization import Quantization
 from service.job_queue import JobQueue
 from service.jobs import JobObserver
 from service.resume_points import ResumePoints
@@ -27,29 +26,6 @@ from service.tuning_worker import TuningWorker
 
 class Observer(EngineObserver, TuningObserver, JobObserver, Protocol):
     """Hears of everything that happens here."""
-
-
-@dataclass(frozen=True)
-class Archive:
-    """What lasts: rows, files and adapters."""
-
-    database: Database
-    files: Files
-    store: AdapterStore
-    url: str
-
-    @classmethod
-    @contextmanager
-    def open(cls, settings: Settings) -> Iterator[Self]:
-        """Raises ServiceError when the database cannot be used."""
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
-        database = connect(settings.resolved_database_url)
-        url = settings.resolved_storage_url.rstrip("/")
-        try:
-            files = Files(database, f"{url}/files", max_bytes=settings.max_file_bytes)
-            yield cls(database, files, AdapterStore(f"{url}/adapters", settings.data_dir / "cache" / "adapters"), url)
-        finally:
-            database.close()
 
 
 @contextmanager

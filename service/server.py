@@ -22,6 +22,7 @@ from pydantic import SecretStr
 
 from service.api.ops import create_ops_app
 from service.config import Settings, SettingsError
+from service.engine.engine_process import EngineProcess
 from service.health import Health
 from service.loop_lag import watching_loop_lag
 from service.metrics import Metrics
@@ -51,10 +52,11 @@ async def _serve(settings: Settings, api_socket: socket.socket, ops_socket: sock
     ops = _server(create_ops_app(metrics, health), 0.0)
     ops_task = asyncio.create_task(ops.serve([ops_socket]))
     try:
+        engine_process = EngineProcess(settings) if settings.engine_process else None
         await asyncio.to_thread(importlib.import_module, "service.app")  # torch: seconds, /livez answers meanwhile
         from service.app import create_app, open_services
 
-        opening = open_services(settings, metrics, _admin_key(settings))
+        opening = open_services(settings, metrics, _admin_key(settings), engine_process)
         services = await asyncio.to_thread(opening.__enter__)
         try:
             health.watch(services.engine)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapters.peft_format import BaseSignature
 from service.engine.errors import ChatTemplateError
-from service.engine.frozen_linear import Quantization
+from service.engine.quantization import Quantization
 
 
 @dataclass(frozen=True)

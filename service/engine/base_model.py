@@ -21,10 +21,9 @@ from adapters.peft_format import BaseSignature, LinearShape, TensorIdentity
 from service.engine.base_description import BaseDescription
 from service.engine.checkpoint import Checkpoint, read_checkpoint, tensor_bytes
 from service.engine.errors import BaseModelError
-from service.engine.frozen_linear import FrozenLinear, LinearWeights, Quantization, freeze
+from service.engine.frozen_linear import FrozenLinear, LinearWeights, freeze
+from service.engine.quantization import Quantization
 from service.engine.sibling_groups import Linear, linear_layers, output_head, sibling_groups
-
-__all__ = ["DEFAULT_CHAT_TEMPLATE", "BaseModel", "Quantization", "load_base_model"]
 
 DEFAULT_CHAT_TEMPLATE = (
     "{{ bos_token }}"

@@ -18,7 +18,8 @@ from service.engine.grammar import Grammar
 from service.engine.grammar_compiler import GrammarCompiler
 from service.engine.grammar_source import GrammarOrder
 from service.engine.intake import Abort, Retire
-from service.engine.messages import Ask, Chunks, Happened, Line, Pulse, Ready, Stop
+from service.engine.line import Line
+from service.engine.messages import Ask, Chunks, Happened, Pulse, Ready, Stop
 from service.engine.observation import EngineStats
 from service.engine.sequence import GenerationRequest, OutputChunk
 from service.engine.serving_engine import ServingEngine

@@ -1,4 +1,7 @@
-"""The operating system's side of an engine in its own process: start it, talk to it, see it end. Knows no message."""
+"""The operating system's side of an engine in its own process: start it, talk to it, see it end. Knows no message.
+
+Importing this loads no library: the process is started before this one has imported its own.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,26 @@ import logging
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
-from service.engine.messages import Line
+from service.engine.line import Line
 
 logger = logging.getLogger(__name__)
+
+
+ENGINE_MAIN = "service.engine_main"
+"""The module that it runs."""
 
 
 class EngineProcess:
     """A fresh interpreter, not a fork: threads, event loops and CUDA do not survive one."""
 
-    def __init__(self, module: str, orders: object) -> None:
-        """Run `python -m module FD`; `orders` is the first message there."""
+    def __init__(self, orders: object) -> None:
+        """Run `python -m service.engine_main FD`; `orders` is the first message there."""
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                _command(module, theirs.fileno()),
+                [sys.executable, "-m", ENGINE_MAIN, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # the parent's is the operator's; complaints go to the log on stderr
@@ -53,7 +59,3 @@ class EngineProcess:
         if code is None:
             return "it does not answer"
         return f"killed by signal {-code}" if code < 0 else f"exit status {code}"
-
-
-def _command(module: str, descriptor: int) -> Sequence[str]:
-    return [sys.executable, "-m", module, str(descriptor)]

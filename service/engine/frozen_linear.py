@@ -15,7 +15,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from service.engine.errors import BaseModelError
+from service.engine.quantization import Quantization
 
 # bitsandbytes looks for an optional kernel package when it is imported, and logs that there is none.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in str(record.msg))
@@ -55,14 +55,6 @@ def decoding(num_rows: int, first: int) -> Iterator[None]:
         yield
     finally:
         _step.num_rows = None
-
-
-class Quantization(StrEnum):
-    """How the base's linear layers are held in memory."""
-
-    NF4 = "nf4"
-    INT8 = "int8"
-    NONE = "none"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from adapters.host_cache import SlotObserver
+from adapters.slot_observer import SlotObserver
 from service.engine.sequence import SequenceReport
 
 

@@ -35,8 +35,11 @@ END_SECONDS = 45.0
 class RemoteEngine(ServingEngine):
     """Started by its constructor, which takes as long as the base takes to load."""
 
-    def __init__(self, start: Callable[[], EngineProcess], observer: object) -> None:
-        """`observer` hears what the engine's process tells: EngineObserver, and whatever else runs there.
+    def __init__(
+        self, start: Callable[[], EngineProcess], observer: object, started: EngineProcess | None = None
+    ) -> None:
+        """`observer` hears what the engine's process tells: EngineObserver, and whatever else runs there. `started` is
+        the first process, where there is one already.
 
         Raises:
             BaseModelError: the process could not start its engine.
@@ -50,7 +53,7 @@ class RemoteEngine(ServingEngine):
         self._num_deaths = 0
         self._stopping = False
         self._refusal: str | None = None
-        self._process = start()
+        self._process = started or start()
         ready = _ready(self._process)
         self.base, self.embedding_size = ready.base, ready.embedding_size
         self._stats, self._heard_at = ready.stats, time.monotonic()

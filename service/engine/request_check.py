@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from service.engine.base_model import BaseModel
+from service.engine.base_description import BaseDescription
 from service.engine.errors import RequestRejectedError
 from service.engine.sequence import GenerationRequest
 
 
-def checked_max_tokens(request: GenerationRequest, base: BaseModel, *, can_embed: bool) -> int:
+def checked_max_tokens(request: GenerationRequest, base: BaseDescription, *, can_embed: bool) -> int:
     """How many tokens the answer may have; 0 for an embedding. Raises RequestRejectedError."""
     if request.pooling and not can_embed:
         raise RequestRejectedError(
@@ -21,7 +21,7 @@ def checked_max_tokens(request: GenerationRequest, base: BaseModel, *, can_embed
     return room if wanted is None else min(wanted, room)
 
 
-def _check_prompt(request: GenerationRequest, base: BaseModel) -> None:
+def _check_prompt(request: GenerationRequest, base: BaseDescription) -> None:
     length, limit = len(request.prompt_token_ids), base.max_model_len
     if length == 0:
         raise RequestRejectedError("the prompt is empty", param="prompt", code="invalid_prompt")
@@ -37,7 +37,7 @@ def _check_prompt(request: GenerationRequest, base: BaseModel) -> None:
         )
 
 
-def _check_logit_bias(request: GenerationRequest, base: BaseModel) -> None:
+def _check_logit_bias(request: GenerationRequest, base: BaseDescription) -> None:
     for token, _ in request.sampling.logit_bias:
         if not 0 <= token < base.vocab_size:
             raise RequestRejectedError(

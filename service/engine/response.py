@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.base_model import BaseModel
+from service.engine.base_description import BaseDescription
 from service.engine.detokenizer import Detokenizer, TokenBytes
 from service.engine.sampler import Sampled
 from service.engine.sequence import FinishReason, GenerationRequest, OutputChunk, TokenLogprob
@@ -22,7 +22,7 @@ class Response:
     def __init__(
         self,
         request: GenerationRequest,
-        base: BaseModel,
+        base: BaseDescription,
         token_bytes: TokenBytes,
         on_chunk: Callable[[OutputChunk], None],
     ) -> None:

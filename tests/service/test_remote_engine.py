@@ -17,7 +17,6 @@ import pytest
 
 from adapters.peft_format import write_adapter
 from adapters.store import AdapterStore
-from service.app import ENGINE_MAIN
 from service.config import Settings
 from service.engine.base_model import BaseModel, load_base_model
 from service.engine.engine import Engine
@@ -62,7 +61,7 @@ class Remote:
         self._count = 0
 
     def _start(self) -> EngineProcess:
-        process = EngineProcess(ENGINE_MAIN, self.settings)
+        process = EngineProcess(self.settings)
         self.pids.append(process.pid)
         return process
 
@@ -245,7 +244,7 @@ def test_too_many_deaths_are_the_end(tiny_llama_dir: Path, tmp_path: Path, monke
 
 @pytest.mark.slow
 def test_an_engine_whose_service_is_gone_ends_itself(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    process = EngineProcess(ENGINE_MAIN, settings_of(tmp_path, tiny_llama_dir))
+    process = EngineProcess(settings_of(tmp_path, tiny_llama_dir))
     assert isinstance(process.line.receive(), Ready)
     process.line.close()
     until(lambda: process.ended)

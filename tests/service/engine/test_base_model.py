@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from adapters.lora import routing
 from adapters.peft_format import LoraSpec
 from adapters.trainable import TrainableLora, TrainRouting
-from service.engine.base_model import DEFAULT_CHAT_TEMPLATE, BaseModel, Quantization, load_base_model
+from service.engine.base_model import DEFAULT_CHAT_TEMPLATE, BaseModel, load_base_model
 from service.engine.errors import BaseModelError, ChatTemplateError
 from service.engine.frozen_linear import FrozenLinear, decoding
+from service.engine.quantization import Quantization
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 

@@ -11,7 +11,8 @@ from bitsandbytes.functional import dequantize_4bit, has_avx512bf16, int8_vector
 from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[attr-defined]
 
 from service.engine.errors import BaseModelError
-from service.engine.frozen_linear import FrozenLinear, LinearWeights, Nf4Linear, Quantization, decoding, freeze
+from service.engine.frozen_linear import FrozenLinear, LinearWeights, Nf4Linear, decoding, freeze
+from service.engine.quantization import Quantization
 
 CPU = torch.device("cpu")
 NUM_ROWS = [*range(1, 65), 100, 127, 129, 256]
