@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from adapters.dataset import ChatExample, Complaints, CompletionExample, Example, Message
+from adapters.dataset import ChatExample, Complaints, CompletionExample, Example, Message, PreferenceExample
 from adapters.errors import DatasetError
 
 MAX_VALIDATION_EXAMPLES = 512
@@ -67,10 +67,20 @@ class Corpus:
     def num_tokens(self) -> int:
         return int(self.lengths.sum())
 
+    @property
+    def num_learned(self) -> torch.Tensor:
+        """Tokens that a loss over each sequence sums, int64 [num_sequences]; a first token has nothing before it."""
+        before = torch.cat([torch.zeros(1, dtype=torch.int64), self.trained.cumsum(0)])
+        return before[self.spans[:, 1]] - before[self.spans[:, 0] + 1]
+
     def sequence(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and their trained mask, both [length]; views of the shared arrays."""
         start, stop = self.spans[index].tolist()
         return self.tokens[start:stop], self.trained[start:stop]
+
+    def first(self, count: int) -> Corpus:
+        """The first `count` sequences, or all; an even number keeps pairs whole."""
+        return self.subset(torch.arange(min(count, len(self))))
 
     def subset(self, indices: torch.Tensor) -> Corpus:
         """The sequences at `indices` (int64 [n]), in that order."""
@@ -78,7 +88,7 @@ class Corpus:
 
 
 def build_corpus(
-    examples: Iterable[Example],
+    examples: Iterable[Example | PreferenceExample],
     codec: Codec,
     *,
     max_length: int,
@@ -86,6 +96,8 @@ def build_corpus(
     on_example: Callable[[], None] = lambda: None,
 ) -> Corpus:
     """Tokenize examples; those over `max_length` tokens lose their end and are counted.
+
+    Preferences become pairs: sequence 2i is preferred to sequence 2i + 1.
 
     `on_example` is called once per example, so that a caller can yield the processor or stop.
 
@@ -103,10 +115,10 @@ def build_corpus(
         except DatasetError as error:
             complaints.add(example.line, error.message)
             continue
+        if any(sequence.spans[0][0] >= max_length for sequence in sequences):
+            complaints.add(example.line, f"the prompt alone fills the model's {max_length} tokens")
+            continue
         for sequence in sequences:
-            if sequence.spans[0][0] >= max_length:
-                complaints.add(example.line, f"the prompt alone fills the model's {max_length} tokens")
-                continue
             num_truncated += len(sequence.tokens) > max_length
             tokens.extend(sequence.tokens[:max_length])
             trained.extend(_mask(sequence)[:max_length])
@@ -135,10 +147,16 @@ def split_validation(corpus: Corpus, *, seed: int) -> tuple[Corpus, Corpus]:
     return corpus.subset((~held_out).nonzero().squeeze(1)), corpus.subset(held_out.nonzero().squeeze(1))
 
 
-def tokenize(example: Example, codec: Codec) -> list[TokenSequence]:
-    """One sequence per example, or one per learned answer where the template rewrites earlier turns."""
+def tokenize(example: Example | PreferenceExample, codec: Codec) -> list[TokenSequence]:
+    """One sequence per example, or one per learned answer where the template rewrites earlier turns.
+
+    A preference gives two: the preferred answer behind the prompt, then the other one.
+    """
     if isinstance(example, CompletionExample):
         return [_tokenize_completion(example, codec)]
+    if isinstance(example, PreferenceExample):
+        pair = [_tokenize_chat(chat, codec) for chat in (example.preferred, example.non_preferred)]
+        return [sequences[-1] for sequences in pair]
     return _tokenize_chat(example, codec)
 
 

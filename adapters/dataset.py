@@ -1,16 +1,17 @@
 """Training examples as tenants write them: JSONL of chats or of completions. Knows no tokens and no model.
 
 Chat: `{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…", "weight": 1}]}`.
-Completion: `{"prompt": "…", "completion": "…"}`. A file holds one kind. It is read as a stream, line by line, and
+Completion: `{"prompt": "…", "completion": "…"}`. Preference (for the method `dpo`): `{"input": {"messages": […]},
+"preferred_output": [{"role": "assistant", "content": "…"}], "non_preferred_output": […]}`. A file holds one kind. It is read as a stream, line by line, and
 every complaint names its line.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO, TypeVar
 
 from adapters.errors import DatasetError
 
@@ -20,6 +21,7 @@ MAX_COMPLAINTS = 20
 
 ROLES = ("system", "user", "assistant", "tool")
 _MESSAGE_KEYS = {"role", "content", "weight"}
+_PREFERENCE_KEYS = {"input", "preferred_output", "non_preferred_output"}
 
 
 @dataclass(frozen=True)
@@ -65,22 +67,59 @@ class CompletionExample:
         return self.completion
 
 
+@dataclass(frozen=True)
+class PreferenceExample:
+    """Two answers to one prompt, of which the first is the better one."""
+
+    line: int
+    prompt: tuple[Message, ...]
+    preferred_answer: str
+    non_preferred_answer: str
+
+    @property
+    def preferred(self) -> ChatExample:
+        """The prompt with the better answer."""
+        return self._answered(self.preferred_answer)
+
+    @property
+    def non_preferred(self) -> ChatExample:
+        return self._answered(self.non_preferred_answer)
+
+    def _answered(self, answer: str) -> ChatExample:
+        context = (replace(message, trained=False) for message in self.prompt)
+        return ChatExample(self.line, (*context, Message("assistant", answer, trained=True)))
+
+
 Example = ChatExample | CompletionExample
+Parsed = TypeVar("Parsed", Example, PreferenceExample)
 
 
 def read_examples(stream: BinaryIO, *, minimum: int = MIN_EXAMPLES, param: str = "training_file") -> Iterator[Example]:
-    """Yield the examples of a JSONL stream. Holds one line at a time.
+    """Yield the examples of a JSONL stream, to be learned by imitation. Holds one line at a time.
 
     Raises:
         DatasetError: at the end, listing up to 20 bad lines; `invalid_n_examples` when there are too few.
             After the first bad line nothing more is yielded, the rest is only checked.
     """
+    return _read(stream, _parse, minimum, param)
+
+
+def read_preferences(
+    stream: BinaryIO, *, minimum: int = MIN_EXAMPLES, param: str = "training_file"
+) -> Iterator[PreferenceExample]:
+    """The same for pairs of answers."""
+    return _read(stream, _parse_preference, minimum, param)
+
+
+def _read(
+    stream: BinaryIO, parse: Callable[[int, bytes], Parsed], minimum: int, param: str
+) -> Iterator[Parsed]:
     complaints = Complaints(param)
-    kind: type[Example] | None = None
+    kind: type[Parsed] | None = None
     num_examples = 0
     for line, raw in _lines(stream):
         try:
-            example = _parse(line, raw)
+            example = parse(line, raw)
             if kind is not None and not isinstance(example, kind):
                 raise ValueError("chat examples and completion examples are mixed in one file")
         except (ValueError, RecursionError) as error:
@@ -104,6 +143,12 @@ def examples_at(stream: BinaryIO, lines: Collection[int]) -> list[Example]:
     """The examples on these lines (1-based) of a stream that has been validated before."""
     wanted = set(lines)
     return [_parse(line, raw) for line, raw in _lines(stream) if line in wanted]
+
+
+def preferences_at(stream: BinaryIO, lines: Collection[int]) -> list[PreferenceExample]:
+    """The same for pairs of answers."""
+    wanted = set(lines)
+    return [_parse_preference(line, raw) for line, raw in _lines(stream) if line in wanted]
 
 
 class Complaints:
@@ -148,16 +193,9 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 def _parse(line: int, raw: bytes) -> Example:
     """One line as an example. Raises ValueError saying what is wrong with it."""
-    if len(raw) > MAX_LINE_BYTES:
-        raise ValueError(f"longer than {MAX_LINE_BYTES // (1024 * 1024)} MiB")
-    try:
-        value = json.loads(raw)
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(value, dict):
-        raise ValueError("must be a JSON object with 'messages', or with 'prompt' and 'completion'")
+    value = _json_object(raw, "with 'messages', or with 'prompt' and 'completion'")
+    if _PREFERENCE_KEYS & value.keys():
+        raise ValueError("a pair of answers, which the method 'dpo' learns from; 'supervised' takes 'messages'")
     if "messages" in value:
         _refuse_unknown(value, {"messages"}, "")
         return ChatExample(line, _messages(value["messages"]))
@@ -167,10 +205,53 @@ def _parse(line: int, raw: bytes) -> Example:
     raise ValueError("must have 'messages', or 'prompt' and 'completion'")
 
 
+def _parse_preference(line: int, raw: bytes) -> PreferenceExample:
+    """One line as a pair of answers. Raises ValueError saying what is wrong with it."""
+    value = _json_object(raw, "with 'input', 'preferred_output' and 'non_preferred_output'")
+    if not _PREFERENCE_KEYS & value.keys() and ({"messages", "prompt", "completion"} & value.keys()):
+        raise ValueError(
+            "an example for the method 'supervised'; 'dpo' takes 'input', 'preferred_output' and 'non_preferred_output'"
+        )
+    _refuse_unknown(value, _PREFERENCE_KEYS, "")
+    given = value.get("input")
+    if not isinstance(given, dict):
+        raise ValueError("'input' must be an object with 'messages'")
+    _refuse_unknown(given, {"messages"}, "input: ")
+    prompt = _message_list(given.get("messages"), "input.messages")
+    if prompt[0].role == "assistant":
+        raise ValueError("input.messages: first message must not be from 'assistant'")
+    if prompt[-1].role == "assistant":
+        raise ValueError("input.messages: last message must not be from 'assistant': that is what the outputs are")
+    preferred, other = (_output(value, key) for key in ("preferred_output", "non_preferred_output"))
+    if preferred == other:
+        raise ValueError("'preferred_output' and 'non_preferred_output' are the same: there is nothing to prefer")
+    return PreferenceExample(line, prompt, preferred, other)
+
+
+def _output(value: dict[str, Any], key: str) -> str:
+    """The one assistant message that an output holds."""
+    messages = _message_list(value.get(key), key)
+    if len(messages) != 1 or messages[0].role != "assistant":
+        raise ValueError(f"{key!r} must be a list of one message from 'assistant'")
+    return messages[0].content
+
+
+def _json_object(raw: bytes, needed: str) -> dict[str, Any]:
+    if len(raw) > MAX_LINE_BYTES:
+        raise ValueError(f"longer than {MAX_LINE_BYTES // (1024 * 1024)} MiB")
+    try:
+        value = json.loads(raw)
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"must be a JSON object {needed}")
+    return value
+
+
 def _messages(value: Any) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise ValueError("'messages' must be a list of messages")
-    messages = tuple(_message(item, f"messages[{index}]: ") for index, item in enumerate(value))
+    messages = _message_list(value, "messages")
     if messages[-1].role != "assistant":
         raise ValueError("last message must be from 'assistant'")
     if messages[0].role == "assistant":
@@ -178,6 +259,12 @@ def _messages(value: Any) -> tuple[Message, ...]:
     if not any(message.trained for message in messages):
         raise ValueError("every assistant message has weight 0: there is nothing to learn")
     return messages
+
+
+def _message_list(value: Any, name: str) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{name!r} must be a list of messages")
+    return tuple(_message(item, f"{name}[{index}]: ") for index, item in enumerate(value))
 
 
 def _message(value: Any, where: str) -> Message:

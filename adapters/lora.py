@@ -46,6 +46,12 @@ class Routing(Protocol):
 _current = threading.local()
 
 
+def current_route() -> Routing | None:
+    """What this thread's forwards add."""
+    route: Routing | None = getattr(_current, "route", None)
+    return route
+
+
 @contextmanager
 def routing(route: Routing | None) -> Iterator[None]:
     """Every site called in this thread inside the block adds what `route` says."""

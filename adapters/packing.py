@@ -97,10 +97,18 @@ def packed_sequences(lengths: Sequence[int], device: torch.device | str = "cpu")
 
     Call the model with `position_ids=pack.position_ids` and `use_cache=False`.
     """
+    pack = PackedBatch(lengths, device)
+    with packed_as(pack):
+        yield pack
+
+
+@contextmanager
+def packed_as(pack: PackedBatch | None) -> Iterator[None]:
+    """Inside the block this thread's forwards are over the rows of this very pack; None: over plain batches."""
     before = current_pack()
-    _current.pack = PackedBatch(lengths, device)
+    _current.pack = pack
     try:
-        yield _current.pack
+        yield
     finally:
         _current.pack = before
 

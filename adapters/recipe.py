@@ -7,7 +7,8 @@ The defaults are what practitioners agree on (LoRA wants about ten times the lea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, log
+from enum import StrEnum
+from math import ceil, cos, log, pi
 
 SMALL_MODEL, SMALL_MODEL_LEARNING_RATE = 100e6, 2e-3
 LARGE_MODEL, LARGE_MODEL_LEARNING_RATE = 1e9, 2e-4
@@ -15,6 +16,14 @@ LARGE_MODEL, LARGE_MODEL_LEARNING_RATE = 1e9, 2e-4
 FEW_EXAMPLES_SEEN, MANY_EXAMPLES_SEEN = 100, 25_000
 MAX_AUTO_EPOCHS = 25
 EVALUATION_SHARE = 0.15
+
+
+class Schedule(StrEnum):
+    """How the learning rate falls after its linear warm-up."""
+
+    LINEAR = "linear"
+    COSINE = "cosine"
+    CONSTANT = "constant"
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,7 @@ class TrainConfig:
     """Optimizer steps between evaluations on the validation examples."""
     patience: int | None = None
     """Evaluations without a better validation loss after which the run stops; None: it never stops early."""
+    schedule: Schedule = Schedule.LINEAR
     warmup_ratio: float = 0.05
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
@@ -36,6 +46,14 @@ class TrainConfig:
     """Tokens of one uninterrupted forward-backward: bounds memory and the wait for a pause."""
     max_bad_steps: int = 3
     """Steps in a row with a loss or gradient that is not finite, after which the run fails."""
+    max_steps: int | None = None
+    """Ends the run, and its schedule, before the last epoch does."""
+    beta: float | None = None
+    """Of a run that learns from pairs (DPO): how dear it is to move away from the reference."""
+    kl_to_base: float = 0.0
+    """What a nat of divergence from the base costs on the prompts (see `adapters.supervised`)."""
+    recompute_layers: bool | None = None
+    """Activation checkpointing: from the start, never, or (None) once memory has run out."""
 
 
 def auto_epochs(num_examples: int, num_parameters: float) -> int:
@@ -71,14 +89,26 @@ def auto_eval_every(num_steps: int, num_valid: int, batch_size: int) -> int:
     return max(1, num_steps // 20, min(affordable, num_steps))
 
 
+def auto_probe_steps(num_steps: int) -> int:
+    """A tenth of the run, 10 to 40 steps: enough to tell rates apart that are a factor of three from each other."""
+    return min(num_steps, max(10, min(num_steps // 10, 40)))
+
+
 def steps_per_epoch(num_sequences: int, batch_size: int) -> int:
     """The last batch of an epoch may be smaller."""
     return ceil(num_sequences / batch_size)
 
 
-def learning_rate_factor(step: int, num_steps: int, warmup_ratio: float) -> float:
-    """Share of the peak learning rate at `step` (0-based): a linear rise, then a linear fall that ends above 0."""
+def learning_rate_factor(schedule: Schedule, step: int, num_steps: int, warmup_ratio: float) -> float:
+    """Share of the peak learning rate at `step` (0-based): a linear rise, then a fall that ends above 0, or none."""
     warmup = max(1, round(warmup_ratio * num_steps))
     if step < warmup:
         return (step + 1) / warmup
-    return (num_steps - step) / max(1, num_steps - warmup)
+    left = (num_steps - step) / max(1, num_steps - warmup)
+    match schedule:
+        case Schedule.LINEAR:
+            return left
+        case Schedule.COSINE:
+            return (1 - cos(pi * left)) / 2
+        case Schedule.CONSTANT:
+            return 1.0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,14 @@ class TrainRouting:
     training: bool = True
     generator: torch.Generator | None = None
     """Dropout's randomness; the global generator belongs to every thread, so no run could be repeated with it."""
+
+    def snapshot(self) -> TrainRouting:
+        """The same with dropout's randomness as it is now."""
+        if self.generator is None:
+            return self
+        copy = torch.Generator(self.generator.device)
+        copy.set_state(self.generator.get_state())
+        return replace(self, generator=copy)
 
     def apply(self, site: BatchedLoraLinear, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """y + (x A.T) B.T * scaling for each adapted part; siblings share one product with their stacked A."""

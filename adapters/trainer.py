@@ -3,30 +3,44 @@
 One `Trainer.step()` is one optimizer step: its batch is cut into bounded packs, each a forward and a backward, and
 between two packs the caller may stop (the step then never happened). Every random choice follows from the seed and
 the step's number, so the state after a step is all that an exact resume needs.
+
+It only puts pieces together: `DataCursor` says which examples, an `Objective` what they cost, `MasterOptimizer` moves
+the masters, `MemoryBudget` says how much of a step is on the device at once.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import isfinite
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from adapters.corpus import Corpus
+from adapters.data_cursor import DataCursor
 from adapters.errors import TrainingError
-from adapters.packed_loss import PackedLoss, Score, count_learned
+from adapters.master_optimizer import MasterOptimizer
+from adapters.objective import Means, Objective, measure
+from adapters.packed_forward import PackedForward
+from adapters.packed_loss import PackedLoss, Score
 from adapters.peft_format import LoraPair, LoraWeights
-from adapters.recipe import TrainConfig, learning_rate_factor, steps_per_epoch
+from adapters.preference import Preference
+from adapters.recipe import TrainConfig
+from adapters.supervised import Supervised
 from adapters.trainable import TrainableLora, TrainRouting
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """`step` counts from 1. A step whose loss or gradient was not finite is `skipped`: it changed nothing."""
+    """`step` counts from 1. A step whose loss or gradient was not finite is `skipped`: it changed nothing.
+
+    `accuracy` is that of tokens, or of pairs; `margin` is the mean reward margin of pairs; `kl` the mean divergence from
+    the base where that has a price.
+    """
 
     step: int
     loss: float
@@ -34,30 +48,39 @@ class StepResult:
     learning_rate: float
     num_tokens: int
     skipped: bool = False
+    margin: float | None = None
+    kl: float | None = None
 
 
 class Trainer:
-    """Owns the masters' optimizer, the data cursor and the best weights so far."""
+    """One run: history, scores and the best weights so far."""
 
     def __init__(
         self, model: nn.Module, adapter: TrainableLora, train: Corpus, valid: Corpus, config: TrainConfig
     ) -> None:
+        """`adapter` is as the run finds it: a preference run takes it as its reference."""
         self.adapter = adapter
         self.train = train
         self.valid = valid
         self.config = config
         self.device = adapter.parameters()[0].device
         self.loss = PackedLoss(model, self.device, config.max_slice_tokens)
-        self.optimizer = torch.optim.AdamW(
-            adapter.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
-        self.steps_per_epoch = steps_per_epoch(len(train), config.batch_size)
-        self.num_steps = self.steps_per_epoch * config.num_epochs
+        self.memory = self.loss.forward.memory
+        self.memory.recompute_layers = config.recompute_layers is True
+        self.memory.may_recompute = config.recompute_layers is not False
+        self.objective = _objective(config, train, self.loss.forward, config.kl_to_base)
+        self._valid_objective = _objective(config, valid, self.loss.forward)
+        self.cursor = DataCursor(len(self.objective), config.batch_size, config.seed)
+        self.steps_per_epoch = self.cursor.steps_per_epoch
+        self.num_steps = min(self.steps_per_epoch * config.num_epochs, config.max_steps or 2**62)
+        self.optimizer = MasterOptimizer(adapter.parameters(), config, self.num_steps)
         self.history: list[StepResult] = []
         self.scores: dict[int, Score] = {}
         self.best_step: int | None = None
+        self.incidents: list[str] = []
+        """What went wrong and was dealt with, for whoever tells of it (and clears the list); not part of the state."""
         self._best: LoraWeights | None = None
-        self._num_bad_steps = 0
+        self._prepared = False
 
     @property
     def steps_done(self) -> int:
@@ -82,40 +105,48 @@ class Trainer:
     def evaluation_due(self) -> bool:
         """After every `eval_every` steps, at the end of every epoch and of the run; once per step."""
         step = self.steps_done
-        on_time = step % self.config.eval_every == 0 or step % self.steps_per_epoch == 0
+        on_time = step % self.config.eval_every == 0 or step % self.steps_per_epoch == 0 or step == self.num_steps
         return step > 0 and on_time and step not in self.scores
 
     def step(self, between_packs: Callable[[], None] = lambda: None) -> StepResult:
         """One optimizer step. Whatever `between_packs` raises passes through and leaves no trace of the step.
 
         Raises:
-            TrainingError: `non_finite_loss`, after `max_bad_steps` bad steps in a row.
+            TrainingError: `non_finite_loss`, see `MasterOptimizer`.
+            torch.OutOfMemoryError: a single example does not fit, whatever is given up for it.
         """
-        batch = self._batch(self.steps_done)
-        num_learned = count_learned(self.train, batch)
-        generator = self._generator(self.steps_done)
-        total_loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        num_right = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._prepare(between_packs)
+        batch = self.cursor.batch(self.steps_done)
         try:
-            for pack in self.loss.packs(self.train, batch):
-                loss, right = self.loss(self.train, pack, TrainRouting(self.adapter, generator=generator))
-                # Divided by all learned tokens of the step: means of packs would weigh short packs too much.
-                (loss / num_learned).backward()  # type: ignore[no-untyped-call]
-                total_loss += loss.detach()
-                num_right += right
-                between_packs()
-            result = self._apply(
-                total_loss.item() / num_learned, num_right.item() / num_learned, self._num_tokens(batch)
-            )
+            longest = self.objective.longest(batch)
+            means = self._within_memory(longest, lambda: self._accumulate(batch, between_packs))
+            update = self.optimizer.apply(self.steps_done, means["loss"])
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.clear()
+        if update.skipped:
+            self.incidents.append(
+                f"Step {self.steps_done + 1} was skipped: its loss or gradient is not finite."
+                f" The learning rate is now {self.optimizer.share:.3g} of the planned one, for a while."
+            )
+        num_tokens = self.objective.num_tokens(batch)
+        result = StepResult(
+            self.steps_done + 1,
+            learning_rate=update.learning_rate,
+            num_tokens=num_tokens,
+            skipped=update.skipped,
+            **means,  # type: ignore[arg-type]
+        )
         self.history.append(result)
         return result
 
     def evaluate(self, between_packs: Callable[[], None] = lambda: None) -> Score:
         """Score the validation examples, note it for this step, and keep the weights if they are the best yet."""
-        score = self.loss.score(self.valid, TrainRouting(self.adapter, training=False), between_packs)
-        self.scores[self.steps_done] = score
+        self._prepare(between_packs)
+        objective, everything = self._valid_objective, list(range(len(self._valid_objective)))
+        route = TrainRouting(self.adapter, training=False)
+        longest = objective.longest(everything)
+        means = self._within_memory(longest, lambda: measure(objective, everything, route, between_packs))
+        score = self.scores[self.steps_done] = Score(**means)
         if isfinite(score.loss) and (self.best_step is None or score.loss < self.scores[self.best_step].loss):
             self.best_step, self._best = self.steps_done, self.adapter.weights()
         return score
@@ -127,14 +158,16 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Plain values and host tensors (copies): all that `load_state_dict` needs for an exact resume."""
         return {
-            "config": asdict(self.config),
+            "config": _plain_config(self.config),
             "history": [asdict(result) for result in self.history],
             "scores": {step: asdict(score) for step, score in self.scores.items()},
             "best_step": self.best_step,
-            "num_bad_steps": self._num_bad_steps,
             "masters": _plain(self.adapter.weights()),
             "best": _plain(self._best) if self._best else None,
-            "optimizer": _to_host(self.optimizer.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "memory": self.memory.state_dict(),
+            "prepared": self._prepared,
+            "objectives": [self.objective.state_dict(), self._valid_objective.state_dict()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -143,65 +176,74 @@ class Trainer:
         Raises:
             TrainingError: `resume_mismatch`, the state belongs to a run with other settings.
         """
-        if state["config"] != asdict(self.config):
+        if state["config"] != _plain_config(self.config):
             raise TrainingError("the saved training state belongs to other settings", code="resume_mismatch")
         self.adapter.load(self._pairs(state["masters"]))
         self._best = LoraWeights(self.adapter.spec, self._pairs(state["best"])) if state["best"] else None
         self.optimizer.load_state_dict(state["optimizer"])
+        self.memory.load_state_dict(state["memory"])
+        self._prepared = state["prepared"]
+        for objective, saved in zip((self.objective, self._valid_objective), state["objectives"], strict=True):
+            objective.load_state_dict(saved)
         self.history = [StepResult(**values) for values in state["history"]]
         self.scores = {step: Score(**values) for step, values in state["scores"].items()}
         self.best_step = state["best_step"]
-        self._num_bad_steps = state["num_bad_steps"]
 
-    def _batch(self, step: int) -> list[int]:
-        """Which sequences step number `step` learns from: an epoch is one shuffle of all, by seed."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        shuffle = torch.Generator().manual_seed((self.config.seed << 16) + epoch)
-        order = torch.randperm(len(self.train), generator=shuffle)
-        start = position * self.config.batch_size
-        return order[start : start + self.config.batch_size].tolist()
+    def _prepare(self, between_packs: Callable[[], None]) -> None:
+        """Before the first step, while the adapter is still what the run was given."""
+        if self._prepared:
+            return
+        start = TrainRouting(self.adapter, training=False)
+        for objective in (self.objective, self._valid_objective):
+            longest = objective.longest(list(range(len(objective))))
+            self._within_memory(longest, lambda o=objective: o.prepare(start, between_packs))  # type: ignore[misc]
+        self._prepared = True
+
+    def _accumulate(self, batch: list[int], between_packs: Callable[[], None]) -> dict[str, float]:
+        """Gradients of the whole batch's loss, pack by pack; returns what was measured."""
+        route = TrainRouting(self.adapter, generator=self._generator(self.steps_done))
+        divisors, means = self.objective.divisors(batch), Means()
+        for pack in self.objective.packs(batch):
+            result = self.objective(pack, divisors, route)
+            result.loss.backward()  # type: ignore[no-untyped-call]
+            means.add(result.sums)
+            between_packs()
+        return means.over(divisors)
+
+    def _within_memory(self, longest: int, work: Callable[[], T]) -> T:
+        """Do the work, from its start again with smaller packs whenever the device runs out of memory."""
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                change = self.memory.tighten(longest)
+                if change is None:
+                    raise
+            # Out of the handler: the traceback held the failed pack's tensors.
+            self.optimizer.clear()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.incidents.append(f"The device ran out of memory at step {self.steps_done + 1}: {change}.")
 
     def _generator(self, step: int) -> torch.Generator:
         """Dropout's own randomness: other threads draw from the global one."""
         return torch.Generator(self.device).manual_seed((self.config.seed << 24) + step)
-
-    def _num_tokens(self, batch: list[int]) -> int:
-        return int(self.train.lengths[batch].sum())
-
-    def _apply(self, loss: float, accuracy: float, num_tokens: int) -> StepResult:
-        """Clip, set the learning rate and move the masters, unless something is not finite."""
-        norm = nn.utils.clip_grad_norm_(self.adapter.parameters(), self.config.max_grad_norm)
-        skipped = not (isfinite(loss) and isfinite(norm.item()))
-        self._num_bad_steps = self._num_bad_steps + 1 if skipped else 0
-        if self._num_bad_steps >= self.config.max_bad_steps:
-            raise TrainingError(
-                f"the loss is not finite since step {self.steps_done + 2 - self._num_bad_steps}:"
-                " try a lower learning rate",
-                code="non_finite_loss",
-            )
-        share = learning_rate_factor(self.steps_done, self.num_steps, self.config.warmup_ratio)
-        learning_rate = self.config.learning_rate * share
-        if not skipped:
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
-            self.optimizer.step()
-        return StepResult(self.steps_done + 1, loss, accuracy, learning_rate, num_tokens, skipped)
 
     def _pairs(self, tensors: dict[str, list[torch.Tensor]]) -> dict[str, LoraPair]:
         spec = self.adapter.spec
         return {name: LoraPair(a, b, spec.scaling_of(name)) for name, (a, b) in tensors.items()}
 
 
+def _objective(config: TrainConfig, corpus: Corpus, forward: PackedForward, kl_to_base: float = 0.0) -> Objective:
+    if config.beta is not None:
+        return Preference(corpus, forward, config.beta)
+    return Supervised(corpus, forward, kl_to_base)
+
+
+def _plain_config(config: TrainConfig) -> dict[str, Any]:
+    """Plain values, as a saved state may hold them."""
+    return {**asdict(config), "schedule": config.schedule.value}
+
+
 def _plain(weights: LoraWeights) -> dict[str, list[torch.Tensor]]:
     return {name: [pair.a, pair.b] for name, pair in weights.modules.items()}
-
-
-def _to_host(value: Any) -> Any:
-    """A deep copy with every tensor in host memory."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _to_host(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_to_host(item) for item in value]
-    return copy.copy(value)

@@ -9,6 +9,7 @@ from adapters.recipe import (
     auto_epochs,
     auto_eval_every,
     auto_learning_rate,
+    Schedule,
     learning_rate_factor,
     steps_per_epoch,
 )
@@ -56,7 +57,7 @@ def test_many_validation_examples_are_scored_less_often_but_at_least_once() -> N
 
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 100])
 def test_the_learning_rate_rises_for_a_twentieth_then_falls_and_never_is_zero(num_steps: int) -> None:
-    factors = [learning_rate_factor(step, num_steps, 0.05) for step in range(num_steps)]
+    factors = [learning_rate_factor(Schedule.LINEAR, step, num_steps, 0.05) for step in range(num_steps)]
     peak = factors.index(max(factors))
     assert factors[peak] == 1.0
     assert peak <= max(1, round(0.05 * num_steps))

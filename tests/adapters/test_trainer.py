@@ -72,11 +72,11 @@ def _plain_peft_losses(base_dir: Path, adapter_dir: Path, trainer: Trainer, num_
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=CONFIG.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, trainer.num_steps, CONFIG.warmup_ratio)
+        optimizer, lambda step: learning_rate_factor(CONFIG.schedule, step, trainer.num_steps, CONFIG.warmup_ratio)
     )
     losses = []
     for step in range(num_steps):
-        rows = [trainer.train.sequence(index) for index in trainer._batch(step)]
+        rows = [trainer.train.sequence(index) for index in trainer.cursor.batch(step)]
         longest = max(len(tokens) for tokens, _ in rows)
         ids, mask = torch.zeros(len(rows), longest, dtype=torch.int64), torch.zeros(len(rows), longest)
         labels = torch.full((len(rows), longest), -100)
@@ -177,7 +177,7 @@ def test_how_a_step_is_cut_into_packs_does_not_change_what_it_learns(
 
 def test_an_epoch_shows_every_example_once_and_epochs_differ(grafted: GraftedBase, codec: TemplateCodec) -> None:
     trainer = _trainer(grafted, codec)
-    epochs = [[index for step in range(5) for index in trainer._batch(epoch * 5 + step)] for epoch in range(2)]
+    epochs = [[index for step in range(5) for index in trainer.cursor.batch(epoch * 5 + step)] for epoch in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20))
     assert epochs[0] != epochs[1]
 
