@@ -1,9 +1,9 @@
 """Training examples as tenants write them: JSONL of chats or of completions. Knows no tokens and no model.
 
 Chat: `{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…", "weight": 1}]}`.
-Completion: `{"prompt": "…", "completion": "…"}`. Preference (for the method `dpo`): `{"input": {"messages": […]},
-"preferred_output": [{"role": "assistant", "content": "…"}], "non_preferred_output": […]}`. A file holds one kind. It is read as a stream, line by line, and
-every complaint names its line.
+Completion: `{"prompt": "…", "completion": "…"}`. Preference, for the method `dpo`: `{"input": {"messages": […]},
+"preferred_output": [{"role": "assistant", "content": "…"}], "non_preferred_output": […]}`. A file holds one kind. It is
+read as a stream, line by line, and every complaint names its line.
 """
 
 from __future__ import annotations
@@ -111,9 +111,7 @@ def read_preferences(
     return _read(stream, _parse_preference, minimum, param)
 
 
-def _read(
-    stream: BinaryIO, parse: Callable[[int, bytes], Parsed], minimum: int, param: str
-) -> Iterator[Parsed]:
+def _read(stream: BinaryIO, parse: Callable[[int, bytes], Parsed], minimum: int, param: str) -> Iterator[Parsed]:
     complaints = Complaints(param)
     kind: type[Parsed] | None = None
     num_examples = 0

@@ -1,7 +1,7 @@
 """Activation checkpointing by thread: one thread's layers are recomputed in its backward, others notice nothing.
 
-transformers' own switch is a flag on the module that serves others (and works in `train()` mode only). Here each layer's
-`forward` looks at the calling thread, as a LoRA site does. A backward may run in another thread than its forward (CUDA
+transformers' own switch is a flag on the module that serves others (and works in `train()` mode only). Here each
+layer's `forward` looks at the calling thread, as a LoRA site does. A backward may run in another thread than its forward (CUDA
 does so), so what belongs to the forward's thread, its routing and its pack, travels with the checkpoint.
 Knows no model beyond its list of layers. Chen et al., arXiv 1604.06174.
 """
@@ -38,7 +38,7 @@ def recomputed_layers(model: nn.Module) -> Iterator[None]:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The model's list of layers: of all module lists, the one that holds most LoRA sites; an outer one before an inner."""
+    """The model's list of layers: of all module lists the one that holds most LoRA sites."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return list(max(lists, key=_num_sites, default=[]))
 

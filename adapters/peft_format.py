@@ -25,6 +25,11 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 _KEY_PREFIX = "base_model.model."
 _FLOAT_DTYPES = {"F32", "F16", "BF16", "F64"}
 
+WHY_NO_DORA = (
+    "DoRA rescales the base's own output by the norm of W + B A, row by row; here the base's product is shared by all"
+    " adapters of a batch, so a DoRA adapter would be served wrongly. Use plain LoRA or use_rslora"
+)
+
 # PEFT options that would change what the tensors mean. A value in the tuple is harmless; any other is refused.
 _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
@@ -130,6 +135,14 @@ class LoraSpec:
                     )
         if self.layers_to_transform is not None:
             wanted = set(self.layers_to_transform)
+            missing = wanted - {_layer_index(n) for n in base.modules}
+            if missing:
+                raise AdapterFormatError(
+                    f"layers_to_transform names layer {min(missing)}, which the base lacks (it has 0 to"
+                    f" {max((_layer_index(n) or 0 for n in base.modules), default=0)})",
+                    check="match",
+                    param="layers_to_transform",
+                )
             names = [n for n in names if _layer_index(n) in wanted]
         if not names:
             raise AdapterFormatError("no layer of the base is adapted", check="match", param="target_modules")
@@ -235,9 +248,22 @@ def _read_config(directory: Path, base: BaseSignature, max_rank: int) -> LoraSpe
         config.pop("auto_mapping")  # a class name for PEFT's auto models; nothing is imported from it here
     for option, harmless in _ONLY_SUPPORTED.items():
         if option in config and config[option] not in harmless:
+            if option == "use_dora":
+                raise AdapterFormatError(f"use_dora: {WHY_NO_DORA}", check="unsupported")
             raise AdapterFormatError(f"{option}={config[option]!r} is not supported", check="unsupported")
+    _check_layers_pattern(config.get("layers_pattern"), base)
     _check_base_name(config.get("base_model_name_or_path"), base)
     return _spec_from_config(config, max_rank)
+
+
+def _check_layers_pattern(patterns: Any, base: BaseSignature) -> None:
+    """PEFT's `layers_pattern` says which list `layers_to_transform` counts; here it is always the outermost."""
+    names = [patterns] if isinstance(patterns, str) else patterns or []
+    indexed = [name for name in base.modules if _layer_index(name) is not None]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise AdapterFormatError("layers_pattern is malformed", check="config")
+    if names and not all(any(re.match(rf"([^.]+\.)*?{re.escape(n)}\.\d+\.", m) for n in names) for m in indexed):
+        raise AdapterFormatError(f"layers_pattern={patterns!r} is not the base's list of layers", check="unsupported")
 
 
 def _check_base_name(named: Any, base: BaseSignature) -> None:
@@ -281,7 +307,9 @@ def _spec_from_config(config: dict[str, Any], max_rank: int) -> LoraSpec:
         lora_dropout=float(config.get("lora_dropout") or 0.0),
         rank_pattern=ranks,
         alpha_pattern=alphas,
-        layers_to_transform=None if layers is None else tuple([layers] if isinstance(layers, int) else layers),
+        layers_to_transform=None
+        if layers is None
+        else tuple(sorted({layers} if isinstance(layers, int) else {*layers})),
     )
 
 

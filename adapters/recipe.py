@@ -56,12 +56,13 @@ class TrainConfig:
     """Activation checkpointing: from the start, never, or (None) once memory has run out."""
 
 
-def auto_epochs(num_examples: int, num_parameters: float) -> int:
-    """Three passes over a large model's data, eight over a small one's; more for few examples, fewer for many.
+def auto_epochs(num_examples: int, num_parameters: float, share: float = 1.0) -> int:
+    """Three passes over a large model's data, eight over a small one's, times `share`; more for few examples, fewer
+    for many.
 
     Keeps examples x epochs within 100..25 000.
     """
-    usual = 3 if num_parameters >= LARGE_MODEL else 8
+    usual = ceil(share * (3 if num_parameters >= LARGE_MODEL else 8))
     fewest = ceil(FEW_EXAMPLES_SEEN / num_examples)
     most = max(1, MANY_EXAMPLES_SEEN // num_examples)
     return min(max(usual, fewest), most, MAX_AUTO_EPOCHS)
@@ -80,13 +81,13 @@ def auto_learning_rate(num_parameters: float) -> float:
     return float(SMALL_MODEL_LEARNING_RATE * (LARGE_MODEL_LEARNING_RATE / SMALL_MODEL_LEARNING_RATE) ** share)
 
 
-def auto_eval_every(num_steps: int, num_valid: int, batch_size: int) -> int:
-    """About twenty evaluations in a run, fewer where they would take more than a seventh of its time.
+def auto_eval_every(num_steps: int, num_valid: int, batch_size: int, evaluations: int = 20) -> int:
+    """About `evaluations` in a run, fewer where they would take more than a seventh of its time.
 
     A validation example costs a forward only: a third of a training example.
     """
     affordable = ceil(num_valid / (3 * EVALUATION_SHARE * batch_size))
-    return max(1, num_steps // 20, min(affordable, num_steps))
+    return max(1, num_steps // evaluations, min(affordable, num_steps))
 
 
 def auto_probe_steps(num_steps: int) -> int:
@@ -97,6 +98,12 @@ def auto_probe_steps(num_steps: int) -> int:
 def steps_per_epoch(num_sequences: int, batch_size: int) -> int:
     """The last batch of an epoch may be smaller."""
     return ceil(num_sequences / batch_size)
+
+
+def num_steps(config: TrainConfig, num_examples: int) -> int:
+    """Of a whole run."""
+    whole = config.num_epochs * steps_per_epoch(num_examples, config.batch_size)
+    return whole if config.max_steps is None else min(whole, config.max_steps)
 
 
 def learning_rate_factor(schedule: Schedule, step: int, num_steps: int, warmup_ratio: float) -> float:

@@ -81,9 +81,7 @@ class Supervised:
         total = loss / divisors["loss"]
         if bool(is_kept.any()):
             with torch.no_grad():
-                base, _ = self._forward(
-                    [(tokens, keep) for (tokens, _), keep in zip(rows, kept, strict=True)], None
-                )
+                base, _ = self._forward([(tokens, keep) for (tokens, _), keep in zip(rows, kept, strict=True)], None)
             kl = divergence(logits[is_kept], base)
             sums["kl"] = kl
             total = total + self.kl_to_base * kl / divisors["kl"]

@@ -27,7 +27,7 @@ from adapters.packed_forward import PackedForward
 from adapters.packed_loss import PackedLoss, Score
 from adapters.peft_format import LoraPair, LoraWeights
 from adapters.preference import Preference
-from adapters.recipe import TrainConfig
+from adapters.recipe import TrainConfig, num_steps
 from adapters.supervised import Supervised
 from adapters.trainable import TrainableLora, TrainRouting
 
@@ -38,8 +38,8 @@ T = TypeVar("T")
 class StepResult:
     """`step` counts from 1. A step whose loss or gradient was not finite is `skipped`: it changed nothing.
 
-    `accuracy` is that of tokens, or of pairs; `margin` is the mean reward margin of pairs; `kl` the mean divergence from
-    the base where that has a price.
+    `accuracy` is that of tokens, or of pairs; `margin` is the mean reward margin of pairs; `kl` the mean divergence
+    from the base where that has a price.
     """
 
     step: int
@@ -72,7 +72,7 @@ class Trainer:
         self._valid_objective = _objective(config, valid, self.loss.forward)
         self.cursor = DataCursor(len(self.objective), config.batch_size, config.seed)
         self.steps_per_epoch = self.cursor.steps_per_epoch
-        self.num_steps = min(self.steps_per_epoch * config.num_epochs, config.max_steps or 2**62)
+        self.num_steps = num_steps(config, len(self.objective))
         self.optimizer = MasterOptimizer(adapter.parameters(), config, self.num_steps)
         self.history: list[StepResult] = []
         self.scores: dict[int, Score] = {}
@@ -134,7 +134,7 @@ class Trainer:
             learning_rate=update.learning_rate,
             num_tokens=num_tokens,
             skipped=update.skipped,
-            **means,  # type: ignore[arg-type]
+            **means,
         )
         self.history.append(result)
         return result

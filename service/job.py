@@ -10,6 +10,21 @@ from typing import Any, Literal
 Auto = Literal["auto"]
 
 
+class Method(StrEnum):
+    """OpenAI's words: by imitating answers, or by preferring one of two."""
+
+    SUPERVISED = "supervised"
+    DPO = "dpo"
+
+
+class Preset(StrEnum):
+    """How much a run spends; see `service.presets`."""
+
+    LIGHT = "light"
+    STANDARD = "standard"
+    THOROUGH = "thorough"
+
+
 class JobStatus(StrEnum):
     """OpenAI's words. VALIDATING_FILES is shown until the worker has read the files; it is never stored."""
 
@@ -46,21 +61,29 @@ class EventType(StrEnum):
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """As requested; "auto" is kept, for the worker to resolve. The first three are OpenAI's.
+    """As requested; "auto" is kept, for the worker to resolve (see `service.presets`). The first three are OpenAI's.
 
     `eval_every` counts optimizer steps; `early_stopping_patience` counts evaluations without progress
-    (None: never stop early). `learning_rate` and `learning_rate_multiplier` exclude each other.
+    (None: never stop early). `learning_rate` and `learning_rate_multiplier` exclude each other; a `learning_rate` of
+    "probe" is chosen by short runs. `beta` belongs to the method `dpo`, `kl_to_base` to `supervised`.
     """
 
     n_epochs: int | Auto = "auto"
     batch_size: int | Auto = "auto"
     learning_rate_multiplier: float | Auto = "auto"
-    learning_rate: float | Auto = "auto"
+    learning_rate: float | Auto | Literal["probe"] = "auto"
     lora_r: int | Auto = "auto"
     lora_alpha: float | Auto = "auto"
     lora_dropout: float | Auto = "auto"
-    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    target_modules: tuple[str, ...] | Literal["auto", "all-linear"] = "auto"
+    layers_to_transform: tuple[int, ...] | None = None
     use_rslora: bool = False
+    schedule: Literal["auto", "linear", "cosine", "constant"] = "auto"
+    warmup_ratio: float | Auto = "auto"
+    weight_decay: float | Auto = "auto"
+    kl_to_base: float | Auto = "auto"
+    beta: float | Auto = "auto"
+    activation_checkpointing: bool | Auto = "auto"
     eval_every: int | Auto = "auto"
     early_stopping_patience: int | Auto | None = "auto"
 
@@ -69,8 +92,12 @@ class Hyperparameters:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Hyperparameters:
-        modules = values.get("target_modules", "all-linear")
-        return cls(**{**values, "target_modules": modules if isinstance(modules, str) else tuple(modules)})
+        """From JSON values, where tuples have become lists."""
+        plain: dict[str, Any] = dict(values)
+        for name in ("target_modules", "layers_to_transform"):
+            if isinstance(plain[name], list):
+                plain[name] = tuple(plain[name])
+        return cls(**plain)
 
 
 @dataclass(frozen=True)
@@ -87,7 +114,8 @@ class JobSpec:
     validation_file: str | None = None
     parent_digest: str | None = None
     suffix: str | None = None
-    method: Literal["supervised"] = "supervised"
+    method: Method = Method.SUPERVISED
+    preset: Preset = Preset.STANDARD
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
     metadata: Mapping[str, str] | None = None
     alias: str | None = None
@@ -97,7 +125,14 @@ class JobSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> JobSpec:
-        return cls(**{**values, "hyperparameters": Hyperparameters.from_dict(values["hyperparameters"])})
+        return cls(
+            **{
+                **values,
+                "method": Method(values["method"]),
+                "preset": Preset(values["preset"]),
+                "hyperparameters": Hyperparameters.from_dict(values["hyperparameters"]),
+            }
+        )
 
 
 @dataclass(frozen=True)

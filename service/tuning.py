@@ -22,6 +22,8 @@ from adapters.errors import AdapterError, StoreError
 from adapters.evaluation import MAX_SHOTS, Evaluation, EvaluationReport
 from adapters.packed_loss import Score
 from adapters.peft_format import LoraWeights, read_adapter, write_adapter
+from adapters.rate_probe import RateProbe
+from adapters.recipe import TrainConfig, num_steps
 from adapters.store import AdapterStore
 from adapters.trainable import TrainableLora, TrainRouting
 from adapters.trainer import Trainer
@@ -35,8 +37,15 @@ from service.job import Claim, EventLevel, EventType
 from service.job_queue import FencedWriteError, JobCancelledError, JobQueue
 from service.resume_points import ResumePoints
 from service.tuning_data import JobFiles, TuningData
-from service.tuning_plan import make_plan
-from service.tuning_report import evaluation_message, score_metrics, step_message, step_metrics, step_metrics_csv
+from service.tuning_plan import TuningPlan, make_plan
+from service.tuning_report import (
+    evaluation_message,
+    probe_message,
+    score_metrics,
+    step_message,
+    step_metrics,
+    step_metrics_csv,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +98,7 @@ class TuningRun:
         self._check = check
         self._job = claim.job
         self._trainer: Trainer | None = None
+        self._probe: RateProbe | None = None
         self._saved_at = self._started_at = time.monotonic()
         self._num_steps_before = 0
         self._num_reported = 0
@@ -116,7 +126,7 @@ class TuningRun:
             self._services.files, self._job, self._services.base, self._services.base.max_model_len, self._check
         )
         data = self._load(files)
-        trainer = self._trainer = self._make_trainer(data)
+        trainer = self._make_trainer(data)
         self._train(trainer)
         digest = self._publish(trainer.best_weights())
         report = self._evaluate(trainer, files, data, digest)
@@ -138,30 +148,65 @@ class TuningRun:
 
     def _make_trainer(self, data: TuningData) -> Trainer:
         """The trainer as it starts, or as the last attempt left it."""
-        base, spec = self._services.base, self._job.spec
-        parent = self._parent_weights()
+        base, spec, parent = self._services.base, self._job.spec, self._parent_weights()
         plan = make_plan(
-            spec.hyperparameters,
-            seed=spec.seed,
-            num_examples=len(data.train),
-            num_valid=len(data.valid),
+            spec,
+            num_examples=data.num_train,
+            num_valid=data.num_valid,
             base=base.signature,
+            max_rank=self._services.max_lora_rank,
             parent=parent.spec if parent else None,
         )
+
+        def make(config: TrainConfig, max_valid: int | None = None) -> Trainer:
+            adapter = TrainableLora(plan.spec, base.signature, seed=spec.seed, device=base.device)
+            if parent:
+                adapter.load(parent.modules)
+            valid = data.valid if max_valid is None else data.valid.first(max_valid)
+            return Trainer(base.model, adapter, data.train, valid, config)
+
+        saved = self._saved_state()
         self._services.queue.progress(self._claim, resolved=plan.resolved)
-        adapter = TrainableLora(plan.spec, base.signature, seed=spec.seed, device=base.device)
-        if parent:
-            adapter.load(parent.modules)
-        trainer = Trainer(base.model, adapter, data.train, data.valid, plan.config)
-        if self._job.resume_point:
-            try:
-                trainer.load_state_dict(self._services.resume_points.load(self._job.resume_point))
-                self._say(f"Resuming from step {trainer.steps_done}")
-            except StoreError as error:
-                self._say(f"Starting over: {error.message}", EventLevel.WARN)
+        if plan.probes:
+            plan = self._probe_rates(plan, RateProbe(make, plan.config, num_steps(plan.config, data.num_train)), saved)
+        trainer = self._trainer = make(plan.config)
+        if self._probe is not None:
+            trainer.objective.load_state_dict(self._probe.prepared)
+        if saved.get("trainer"):
+            trainer.load_state_dict(saved["trainer"])
+            self._say(f"Resuming from step {trainer.steps_done}")
+        self._started_at = time.monotonic()
         self._num_steps_before = trainer.steps_done
         self._num_reported = trainer.steps_done - trainer.evaluation_due
         return trainer
+
+    def _probe_rates(self, plan: TuningPlan, probe: RateProbe, saved: Mapping[str, Any]) -> TuningPlan:
+        """Three short runs decide on the learning rate."""
+        self._probe = probe
+        if saved.get("probe"):
+            probe.load_state_dict(saved["probe"])
+        elif not probe.losses:
+            rates = ", ".join(f"{rate:.2g}" for rate in probe.rates)
+            self._say(f"Trying the learning rates {rates}, {probe.num_steps} steps each")
+        while not probe.done:
+            probe.step(self._check)
+            self._save_when_due()
+        result = probe.result()
+        plan = plan.probed(result)
+        if not saved.get("trainer"):
+            self._say(probe_message(result), data=plan.resolved["learning_rate_probe"])
+        self._services.queue.progress(self._claim, resolved=plan.resolved)
+        return plan
+
+    def _saved_state(self) -> dict[str, Any]:
+        """What the last attempt left; empty where there is nothing, or nothing that can be read."""
+        if not self._job.resume_point:
+            return {}
+        try:
+            return self._services.resume_points.load(self._job.resume_point)
+        except StoreError as error:
+            self._say(f"Starting over: {error.message}", EventLevel.WARN)
+            return {}
 
     def _train(self, trainer: Trainer) -> None:
         while True:
@@ -169,8 +214,7 @@ class TuningRun:
             self._report(trainer, score)
             if trainer.done:
                 break
-            if time.monotonic() - self._saved_at > self._services.save_every_seconds:
-                self._save(trainer)
+            self._save_when_due()
             result = trainer.step(self._check)
             self._services.observer.tokens_trained(result.num_tokens)
         if trainer.stopped_early:
@@ -231,6 +275,8 @@ class TuningRun:
 
     def _report(self, trainer: Trainer, score: Score | None) -> None:
         """Events, progress and checkpoints after a step (and its evaluation, where one was due)."""
+        while trainer.incidents:
+            self._say(trainer.incidents.pop(0), EventLevel.WARN)
         step = trainer.steps_done
         if step == self._num_reported:
             return
@@ -277,9 +323,17 @@ class TuningRun:
 
     # -- ends that are no success -----------------------------------------------------------------------------
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save_when_due(self) -> None:
+        if time.monotonic() - self._saved_at > self._services.save_every_seconds:
+            self._save()
+
+    def _save(self) -> None:
         points = self._services.resume_points
-        reference = points.save(self._job.id, self._claim.attempt, trainer.state_dict())
+        state = {
+            "probe": self._probe.state_dict() if self._probe else None,
+            "trainer": self._trainer.state_dict() if self._trainer else None,
+        }
+        reference = points.save(self._job.id, self._claim.attempt, state)
         self._services.queue.save_resume_point(self._claim, reference)
         points.discard(self._job.id, keep=reference)
         self._saved_at = time.monotonic()
@@ -289,9 +343,10 @@ class TuningRun:
         if reason in (StopReason.CANCELLED, StopReason.LOST):
             return Outcome.CANCELLED if reason is StopReason.CANCELLED else Outcome.LOST
         try:
-            if self._trainer is not None:
-                self._save(self._trainer)
-                self._say(f"Fine-tuning job {reason.value} at step {self._trainer.steps_done}")
+            if self._trainer is not None or self._probe is not None:
+                self._save()
+                steps_done = self._trainer.steps_done if self._trainer else 0
+                self._say(f"Fine-tuning job {reason.value} at step {steps_done}")
             self._services.queue.release(self._claim)
         except JobCancelledError:
             return Outcome.CANCELLED

@@ -6,15 +6,23 @@ Knows the files and the tokenizer, not the trainer.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from adapters.corpus import MAX_VALIDATION_EXAMPLES, Codec, Corpus, build_corpus, split_validation
-from adapters.dataset import MIN_EXAMPLES, Example, examples_at, read_examples
+from adapters.dataset import (
+    MIN_EXAMPLES,
+    Example,
+    PreferenceExample,
+    examples_at,
+    preferences_at,
+    read_examples,
+    read_preferences,
+)
 from service.files import Files
-from service.job import Job
+from service.job import Job, Method
 
 MAX_TRAIN_LENGTH = 8192
 BREATH_SECONDS = 1e-4
@@ -28,11 +36,23 @@ class TuningData:
     train: Corpus
     valid: Corpus
     num_left_out: int
-    """Validation sequences beyond what a run is evaluated on."""
+    """Validation examples beyond what a run is evaluated on."""
+    paired: bool = False
+    """Sequences are pairs of a preferred and another answer."""
+
+    @property
+    def num_train(self) -> int:
+        """Sequences, or pairs of them."""
+        return len(self.train) // (2 if self.paired else 1)
+
+    @property
+    def num_valid(self) -> int:
+        return len(self.valid) // (2 if self.paired else 1)
 
     def describe(self) -> str:
-        parts = [f"Training on {len(self.train)} sequences ({self.train.num_tokens} tokens)"]
-        parts.append(f"validating on {len(self.valid)}")
+        noun = "pairs of answers" if self.paired else "sequences"
+        parts = [f"Training on {self.num_train} {noun} ({self.train.num_tokens} tokens)"]
+        parts.append(f"validating on {self.num_valid}")
         if self.num_left_out:
             parts.append(f"leaving out {self.num_left_out} more than the {MAX_VALIDATION_EXAMPLES} that are used")
         num_truncated = self.train.num_truncated
@@ -57,13 +77,16 @@ class JobFiles:
         corpus = self._corpus(spec.training_file, MIN_EXAMPLES, "training_file")
         if spec.validation_file is None:
             train, valid = split_validation(corpus, seed=spec.seed)
-            return TuningData(train, valid, 0)
+            return TuningData(train, valid, 0, self._paired)
         valid = self._corpus(spec.validation_file, 1, "validation_file")
-        chosen = _choose(len(valid), MAX_VALIDATION_EXAMPLES, spec.seed)
-        return TuningData(corpus, valid.subset(chosen), len(valid) - len(chosen))
+        size = 2 if self._paired else 1
+        num_valid = len(valid) // size
+        chosen = _choose(num_valid, MAX_VALIDATION_EXAMPLES, spec.seed)
+        sequences = (chosen[:, None] * size + torch.arange(size)).flatten()
+        return TuningData(corpus, valid.subset(sequences), num_valid - len(chosen), self._paired)
 
     def held_out(self, data: TuningData, count: int) -> list[Example]:
-        """Validation examples to compare models on, chosen by seed."""
+        """Validation examples to compare models on, chosen by seed; of pairs, the preferred answers."""
         return self._examples(self._job.spec.validation_file or self._job.spec.training_file, data.valid, count)
 
     def shots(self, data: TuningData, count: int) -> list[Example]:
@@ -72,7 +95,8 @@ class JobFiles:
 
     def _corpus(self, file_id: str, minimum: int, param: str) -> Corpus:
         with self._files.open(self._job.tenant_id, file_id) as stream:
-            examples = read_examples(stream, minimum=minimum, param=param)
+            read = read_preferences if self._paired else read_examples
+            examples: Iterator[Example | PreferenceExample] = read(stream, minimum=minimum, param=param)
             return build_corpus(
                 examples, self._codec, max_length=self._max_length, param=param, on_example=self._breathe
             )
@@ -81,7 +105,13 @@ class JobFiles:
         lines = torch.unique(corpus.lines)
         chosen = lines[_choose(len(lines), count, self._job.spec.seed)].tolist()
         with self._files.open(self._job.tenant_id, file_id) as stream:
+            if self._paired:
+                return [pair.preferred for pair in preferences_at(stream, chosen)]
             return examples_at(stream, chosen)
+
+    @property
+    def _paired(self) -> bool:
+        return self._job.spec.method is Method.DPO
 
     def _breathe(self) -> None:
         self._check()

@@ -10,21 +10,25 @@ from typing import Any
 
 from adapters.evaluation import EvaluationReport
 from adapters.packed_loss import Score
+from adapters.rate_probe import ProbeResult
 from adapters.trainer import StepResult, Trainer
 
 
 def step_metrics(trainer: Trainer, result: StepResult, score: Score | None, *, whole: bool) -> dict[str, Any]:
     """Data of a metrics event, in OpenAI's names; `whole` adds `full_valid_*`.
 
-    An evaluation always covers all validation examples, so both pairs are the same numbers.
+    An evaluation always covers all validation examples, so both pairs are the same numbers. A run on pairs has
+    `preference_accuracy` and `reward_margin` where others have `mean_token_accuracy`.
     """
     metrics = {
         "step": result.step,
         "total_steps": trainer.num_steps,
         "train_loss": _finite(result.loss),
-        "train_mean_token_accuracy": result.accuracy,
+        **_quality("train", result),
         **score_metrics(score),
     }
+    if result.kl is not None:
+        metrics["train_kl_to_base"] = _finite(result.kl)
     if whole and score is not None:
         metrics |= {"full_" + name: value for name, value in score_metrics(score).items()}
     return metrics
@@ -33,7 +37,13 @@ def step_metrics(trainer: Trainer, result: StepResult, score: Score | None, *, w
 def score_metrics(score: Score | None) -> dict[str, float | None]:
     if score is None:
         return {}
-    return {"valid_loss": _finite(score.loss), "valid_mean_token_accuracy": score.accuracy}
+    return {"valid_loss": _finite(score.loss), **_quality("valid", score)}
+
+
+def _quality(kind: str, found: StepResult | Score) -> dict[str, float | None]:
+    if found.margin is None:
+        return {f"{kind}_mean_token_accuracy": found.accuracy}
+    return {f"{kind}_preference_accuracy": found.accuracy, f"{kind}_reward_margin": _finite(found.margin)}
 
 
 def _finite(value: float) -> float | None:
@@ -51,6 +61,14 @@ def step_message(metrics: Mapping[str, Any]) -> str:
     return f"Step {metrics['step']}/{metrics['total_steps']}: " + ", ".join(told)
 
 
+def probe_message(result: ProbeResult) -> str:
+    tried = ", ".join(
+        f"{rate:.2g}: {'not finite' if loss is None else f'{loss:.3f}'}"
+        for rate, loss in zip(result.rates, result.losses, strict=True)
+    )
+    return f"Learning rate {result.chosen:.2g} chosen; validation loss after {result.num_steps} steps: {tried}"
+
+
 def evaluation_message(report: EvaluationReport) -> str:
     contestants = (
         ("base", report.base),
@@ -62,12 +80,22 @@ def evaluation_message(report: EvaluationReport) -> str:
 
 
 def step_metrics_csv(trainer: Trainer) -> bytes:
-    """OpenAI's result file; cells of steps without an evaluation are empty."""
+    """OpenAI's result file, with reward margins for a run on pairs; cells of steps without an evaluation are empty."""
     buffer = io.StringIO()
     table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"])
+    paired = trainer.config.beta is not None
+    header = ["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"]
+    if paired:
+        header = ["step", "train_loss", "train_accuracy", "train_reward_margin"]
+        header += ["valid_loss", "valid_accuracy", "valid_reward_margin"]
+    table.writerow(header)
     for result in trainer.history:
         score = trainer.scores.get(result.step)
-        measured = (score.loss, score.accuracy) if score else ("", "")
-        table.writerow([result.step, result.loss, result.accuracy, *measured])
+        table.writerow([result.step, *_cells(result, paired), *_cells(score, paired)])
     return buffer.getvalue().encode()
+
+
+def _cells(found: StepResult | Score | None, paired: bool) -> list[float | str | None]:
+    if found is None:
+        return ["", "", ""] if paired else ["", ""]
+    return [found.loss, found.accuracy, found.margin] if paired else [found.loss, found.accuracy]

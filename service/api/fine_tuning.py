@@ -15,7 +15,7 @@ from service.api.fine_tuning_schemas import MAX_SEED, JobRequest
 from service.api.pages import After, Limit, list_body, only_query
 from service.api.services import Services, ServicesDep
 from service.errors import InvalidRequestError
-from service.job import Checkpoint, Event, Hyperparameters, Job, JobSpec
+from service.job import Checkpoint, Event, Hyperparameters, Job, JobSpec, Method, Preset
 from service.jobs import Idempotency
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
@@ -29,6 +29,10 @@ CHECKPOINT_METRICS = (
     "valid_mean_token_accuracy",
     "full_valid_loss",
     "full_valid_mean_token_accuracy",
+    "train_preference_accuracy",
+    "train_reward_margin",
+    "full_valid_preference_accuracy",
+    "full_valid_reward_margin",
 )
 
 
@@ -89,8 +93,9 @@ def list_checkpoints(
 
 
 def job_body(job: Job) -> dict[str, Any]:
-    """OpenAI's job, with `paused` and `alias` beside it."""
+    """OpenAI's job, with `paused`, `preset` and `alias` beside it."""
     hyperparameters = {**job.spec.hyperparameters.as_dict(), **(job.resolved or {})}
+    del hyperparameters["kl_to_base" if job.spec.method is Method.DPO else "beta"]
     return {
         "id": job.id,
         "object": "fine_tuning.job",
@@ -100,6 +105,7 @@ def job_body(job: Job) -> dict[str, Any]:
         "paused": job.paused,
         "hyperparameters": hyperparameters,
         "method": {"type": job.spec.method, job.spec.method: {"hyperparameters": hyperparameters}},
+        "preset": job.spec.preset,
         "organization_id": job.tenant_id,
         "result_files": list(job.result_files),
         "seed": job.spec.seed,
@@ -154,6 +160,8 @@ def _spec(body: JobRequest, tenant_id: str, services: Services) -> JobSpec:
         validation_file=body.validation_file,
         seed=secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed,
         suffix=body.suffix,
+        method=body.method_type,
+        preset=Preset(body.preset or Preset.STANDARD),
         hyperparameters=hyperparameters,
         metadata=body.metadata,
         alias=body.alias,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from adapters.recipe import (
+    Schedule,
     auto_batch_size,
     auto_epochs,
     auto_eval_every,
     auto_learning_rate,
-    Schedule,
     learning_rate_factor,
     steps_per_epoch,
 )

@@ -56,6 +56,12 @@ def test_everything_that_can_be_asked_for_is_kept(served: Served) -> None:
         "lora_dropout": 0.05,
         "target_modules": ["q_proj", "v_proj"],
         "use_rslora": True,
+        "layers_to_transform": [0, 2],
+        "schedule": "cosine",
+        "warmup_ratio": 0.1,
+        "weight_decay": 0.01,
+        "kl_to_base": 0.5,
+        "activation_checkpointing": True,
         "eval_every": 5,
         "early_stopping_patience": None,
     }
@@ -66,16 +72,38 @@ def test_everything_that_can_be_asked_for_is_kept(served: Served) -> None:
         seed=7,
         metadata={"team": "x"},
         method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
-        extra_body={"alias": "best"},
+        extra_body={"alias": "best", "preset": "light"},
     )
     assert (job.seed, job.metadata, job.validation_file) == (7, {"team": "x"}, validation_file)
     answered = job.to_dict()
-    assert (answered["alias"], answered["suffix"]) == ("best", "intents.v-1_0")
+    assert (answered["alias"], answered["suffix"], answered["preset"]) == ("best", "intents.v-1_0", "light")
     for shown in (answered["hyperparameters"], answered["method"]["supervised"]["hyperparameters"]):
         assert {name: shown[name] for name in hyperparameters} == hyperparameters
     kept = served.control.jobs.get(served.control.acme.id, job.id).spec.hyperparameters
     assert kept.target_modules == ("q_proj", "v_proj") and kept.early_stopping_patience is None
     assert kept.lora_alpha == 16 and kept.learning_rate_multiplier == "auto"
+
+
+def test_a_preference_job_is_openais(served: Served) -> None:
+    job = _create(served, method={"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 2}}})
+    assert job.method is not None and job.method.type == "dpo" and job.method.dpo is not None
+    hyperparameters = job.method.dpo.hyperparameters
+    assert hyperparameters is not None and (hyperparameters.beta, hyperparameters.n_epochs) == (0.2, 2)
+    assert job.to_dict()["preset"] == "standard"
+    spec = served.control.jobs.get(served.control.acme.id, job.id).spec
+    assert (spec.method, spec.hyperparameters.beta) == ("dpo", 0.2)
+    assert _create(served, method={"type": "dpo"}).method.dpo.hyperparameters.beta == "auto"
+
+
+def test_why_dora_is_refused_is_said(shared_service: Served) -> None:
+    body = {"model": "tiny", "training_file": "file-none", "hyperparameters": {"use_dora": True}}
+    message = shared_service.http().post(JOBS, json=body).json()["error"]["message"]
+    assert "norm of W + B A" in message and "use_rslora" in message
+
+
+def test_a_learning_rate_may_be_probed(served: Served) -> None:
+    job = _create(served, extra_body={"hyperparameters": {"learning_rate": "probe", "learning_rate_multiplier": 2}})
+    assert job.to_dict()["hyperparameters"]["learning_rate"] == "probe"
 
 
 def test_the_deprecated_place_of_hyperparameters_still_works(served: Served) -> None:
@@ -108,8 +136,25 @@ def test_null_and_auto_ask_for_the_default(served: Served) -> None:
             {"method": {"type": "supervised", "supervised": {"hyperparameters": {"colour": 1}}}},
             "method.supervised.hyperparameters.colour",
         ),
-        ({"method": {"type": "dpo"}}, "method.type"),
-        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.1}}}}, "method.dpo"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}}, "method.dpo.hyperparameters.beta"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"kl_to_base": 0.1}}}},
+         "method.dpo.hyperparameters.kl_to_base"),
+        ({"method": {"type": "supervised", "supervised": {"hyperparameters": {"beta": 0.1}}}},
+         "method.supervised.hyperparameters.beta"),
+        ({"method": {"type": "dpo", "supervised": {}}}, "method.supervised"),
+        ({"method": {"type": "supervised", "dpo": {}}}, "method.dpo"),
+        ({"method": {"type": "dpo"}, "hyperparameters": {"n_epochs": 1}}, "hyperparameters"),
+        ({"preset": "heavy"}, "preset"),
+        ({"hyperparameters": {"use_dora": True}}, "hyperparameters.use_dora"),
+        ({"hyperparameters": {"layers_to_transform": []}}, "hyperparameters.layers_to_transform"),
+        ({"hyperparameters": {"layers_to_transform": [0, 0]}}, "hyperparameters.layers_to_transform"),
+        ({"hyperparameters": {"layers_to_transform": [-1]}}, "hyperparameters.layers_to_transform[0]"),
+        ({"hyperparameters": {"schedule": "step"}}, "hyperparameters.schedule"),
+        ({"hyperparameters": {"warmup_ratio": 0.9}}, "hyperparameters.warmup_ratio"),
+        ({"hyperparameters": {"weight_decay": -1}}, "hyperparameters.weight_decay"),
+        ({"hyperparameters": {"kl_to_base": -1}}, "hyperparameters.kl_to_base"),
+        ({"hyperparameters": {"activation_checkpointing": 1}}, "hyperparameters.activation_checkpointing"),
+        ({"hyperparameters": {"learning_rate": "fast"}}, "hyperparameters.learning_rate"),
         ({"method": {"type": "reinforcement"}}, "method.type"),
         ({"method": {}}, "method.type"),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "integrations"),
