@@ -60,7 +60,11 @@ def codec(tiny_llama_dir: Path) -> TemplateCodec:
 @pytest.fixture(scope="session")
 def grafted(tiny_llama_dir: Path) -> GraftedBase:
     """Every test of the session shares it: nothing may change it."""
-    model = LlamaForCausalLM.from_pretrained(tiny_llama_dir, attn_implementation=register_attention())
+    return graft_base(tiny_llama_dir)
+
+
+def graft_base(directory: Path) -> GraftedBase:
+    model = LlamaForCausalLM.from_pretrained(directory, attn_implementation=register_attention())
     model.eval().requires_grad_(False)
     shapes = {
         name: LinearShape(module.in_features, module.out_features)

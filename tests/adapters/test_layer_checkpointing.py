@@ -102,7 +102,9 @@ def test_every_layer_runs_again_in_the_backward_and_only_in_the_thread_that_aske
 
 
 def test_no_switch_of_the_model_is_touched(grafted: GraftedBase) -> None:
-    before = {name: (m.training, getattr(m, "gradient_checkpointing", None)) for name, m in grafted.model.named_modules()}
+    before = {
+        name: (m.training, getattr(m, "gradient_checkpointing", None)) for name, m in grafted.model.named_modules()
+    }
     with recomputed_layers(grafted.model):
         during = {
             name: (m.training, getattr(m, "gradient_checkpointing", None)) for name, m in grafted.model.named_modules()

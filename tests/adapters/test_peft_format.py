@@ -200,3 +200,38 @@ def test_an_adapter_of_other_weights_under_the_same_name_is_refused(
 def test_a_target_that_matches_nothing_names_what_there_is(signature: BaseSignature) -> None:
     with pytest.raises(AdapterFormatError, match="q_proj"):
         LoraSpec(target_modules=("q_proj", "query")).matching(signature)
+
+
+def _rewrite(adapter_dir: Path, **values: object) -> None:
+    path = adapter_dir / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_why_a_dora_adapter_is_refused_is_said(adapter_dir: Path, signature: BaseSignature) -> None:
+    _rewrite(adapter_dir, use_dora=True)
+    with pytest.raises(AdapterFormatError, match=r"use_dora: DoRA rescales .* served wrongly") as caught:
+        read_adapter(adapter_dir, signature, max_rank=64)
+    assert caught.value.check == "unsupported"
+
+
+@pytest.mark.parametrize("layers", [1, [1]])
+@pytest.mark.parametrize("pattern", [None, "layers", ["layers"], []])
+def test_pefts_ways_to_name_layers_are_read(
+    tmp_path: Path, signature: BaseSignature, layers: object, pattern: object
+) -> None:
+    spec = LoraSpec(r=4, target_modules=("q_proj",), layers_to_transform=(1,))
+    write_adapter(tmp_path, random_lora(signature, seed=1, spec=spec), base_name="tiny", base=signature)
+    _rewrite(tmp_path, layers_to_transform=layers, layers_pattern=pattern)
+    assert list(read_adapter(tmp_path, signature, max_rank=64).modules) == ["model.layers.1.self_attn.q_proj"]
+
+
+def test_a_pattern_that_is_not_the_bases_list_of_layers_is_refused(adapter_dir: Path, signature: BaseSignature) -> None:
+    _rewrite(adapter_dir, layers_to_transform=[0, 1], layers_pattern="h")
+    with pytest.raises(AdapterFormatError, match="layers_pattern='h' is not the base's list of layers"):
+        read_adapter(adapter_dir, signature, max_rank=64)
+
+
+def test_a_layer_that_the_base_lacks_is_refused_and_named(signature: BaseSignature) -> None:
+    with pytest.raises(AdapterFormatError, match=r"names layer 7, which the base lacks \(it has 0 to 1\)") as caught:
+        LoraSpec(layers_to_transform=(1, 7)).matching(signature)
+    assert caught.value.param == "layers_to_transform"

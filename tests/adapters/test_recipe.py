@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from adapters.recipe import (
     Schedule,
+    TrainConfig,
     auto_batch_size,
     auto_epochs,
     auto_eval_every,
     auto_learning_rate,
     learning_rate_factor,
+    num_steps,
     steps_per_epoch,
 )
 
@@ -68,3 +72,19 @@ def test_the_learning_rate_rises_for_a_twentieth_then_falls_and_never_is_zero(nu
 
 def test_the_last_batch_of_an_epoch_counts() -> None:
     assert [steps_per_epoch(n, 8) for n in (1, 8, 9)] == [1, 1, 2]
+
+
+def test_a_cosine_falls_slowly_then_fast_and_a_constant_stays() -> None:
+    cosine = [learning_rate_factor(Schedule.COSINE, step, 100, 0.1) for step in range(100)]
+    linear = [learning_rate_factor(Schedule.LINEAR, step, 100, 0.1) for step in range(100)]
+    assert cosine[:11] == linear[:11] == pytest.approx([*(step / 10 for step in range(1, 11)), 1.0])
+    assert cosine[30] > linear[30] and cosine[80] < linear[80]
+    assert cosine[55] == pytest.approx(0.5)
+    assert 0 < cosine[-1] < linear[-1]
+    assert [learning_rate_factor(Schedule.CONSTANT, step, 100, 0.1) for step in (9, 10, 99)] == [1.0, 1.0, 1.0]
+
+
+def test_a_run_may_be_cut_short() -> None:
+    config = TrainConfig(num_epochs=3, batch_size=4, learning_rate=1.0, seed=0, eval_every=1)
+    assert num_steps(config, 10) == 9
+    assert num_steps(replace(config, max_steps=5), 10) == 5

@@ -6,14 +6,16 @@ import csv
 import io
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from adapters.peft_format import LoraWeights
+from adapters.trainer import Trainer
 from service.files import FilePurpose
 from service.heartbeat import StopReason, StopRequested
-from service.job import Claim, EventLevel, EventType, Job, JobStatus
+from service.job import Claim, EventLevel, EventType, Job, JobStatus, Method, Preset
 from service.tuning import Outcome, TuningRun
 from tests.service.tuning_fixtures import QUICK, Workshop, eager, medlars, tiny_base, workshop
 
@@ -308,3 +310,136 @@ def _assert_same(one: LoraWeights, other: LoraWeights) -> None:
     for name, pair in one.modules.items():
         assert torch.equal(pair.a, other.modules[name].a)
         assert torch.equal(pair.b, other.modules[name].b)
+
+
+def _pairs(count: int) -> list[object]:
+    """Medlars are preferred to plums."""
+    return [
+        {
+            "input": {"messages": [{"role": "user", "content": f"word {i}?"}]},
+            "preferred_output": [{"role": "assistant", "content": "a medlar"}],
+            "non_preferred_output": [{"role": "assistant", "content": "one plum"}],
+        }
+        for i in range(count)
+    ]
+
+
+def test_preferences_are_learned_told_published_and_served(workshop: Workshop) -> None:
+    first = workshop.submit()
+    _run(workshop)
+    parent = workshop.digest(first)
+    quick = replace(QUICK, learning_rate=2e-3, lora_r="auto", target_modules="auto", n_epochs=2)
+    job = workshop.submit(_pairs(24), method=Method.DPO, parent_digest=parent, hyperparameters=quick)
+    assert _run(workshop) is Outcome.SUCCEEDED, workshop.job(job).error
+    assert any(m.startswith("Training on 20 pairs of answers") and "on 4" in m for m in workshop.messages(job))
+    page = workshop.control.jobs.events(workshop.control.acme.id, job.id, limit=1000)
+    metrics = [event.data for event in reversed(page.items) if event.type is EventType.METRICS and event.data]
+    assert metrics[0]["train_loss"] == pytest.approx(0.6931, abs=1e-3)  # held to the model that it continues
+    last = metrics[-1]
+    assert last["full_valid_loss"] < 0.6
+    assert last["full_valid_preference_accuracy"] == 1.0
+    assert last["train_reward_margin"] > 0
+    assert "train_mean_token_accuracy" not in last
+    resolved = workshop.job(job).resolved
+    assert resolved is not None and resolved["beta"] == 0.1
+    (file_id,) = workshop.job(job).result_files
+    with workshop.control.files.open(workshop.control.acme.id, file_id) as stream:
+        rows = list(csv.DictReader(io.StringIO(stream.read().decode())))
+    assert len(rows) == 10
+    assert float(rows[-1]["train_reward_margin"]) > float(rows[0]["train_reward_margin"])
+    assert float(rows[-1]["valid_accuracy"]) == 1.0
+    workshop.answer("word 99?", workshop.digest(job))
+
+
+def test_a_killed_preference_job_resumes_to_the_very_same_bytes(workshop: Workshop) -> None:
+    quick = replace(QUICK, n_epochs=1, lora_r=4)
+    job = workshop.submit(_pairs(24), method=Method.DPO, hyperparameters=quick)
+    with pytest.raises(KilledError):
+        TuningRun(eager(workshop.services), workshop.control.claim(), _after(38, KilledError())).execute()
+    workshop.control.expire_lease(job.id)
+    assert _run(workshop) is Outcome.SUCCEEDED
+    assert any(message.startswith("Resuming from step") for message in workshop.messages(job))
+    assert workshop.digest(job) == _straight(workshop, job)
+
+
+@pytest.mark.parametrize(
+    ("rows", "method", "said"),
+    [
+        (_pairs(12), Method.SUPERVISED, "line 1: a pair of answers, which the method 'dpo' learns from"),
+        (medlars(12), Method.DPO, "line 1: an example for the method 'supervised'"),
+    ],
+)
+def test_a_file_of_the_other_method_fails_the_job_and_says_so(
+    workshop: Workshop, rows: list[object], method: Method, said: str
+) -> None:
+    job = workshop.submit(rows, method=method)
+    assert _run(workshop) is Outcome.FAILED
+    error = workshop.job(job).error
+    assert error is not None
+    assert (error.code, error.param) == ("invalid_training_file", "training_file")
+    assert error.message.startswith(said)
+
+
+PROBED = replace(QUICK, learning_rate="probe", learning_rate_multiplier=2.0, n_epochs=1, lora_r=4)
+
+
+def test_a_probed_learning_rate_is_told_and_shown(workshop: Workshop) -> None:
+    job = workshop.submit(hyperparameters=PROBED)
+    assert _run(workshop) is Outcome.SUCCEEDED
+    resolved = workshop.job(job).resolved
+    assert resolved is not None
+    probe = resolved["learning_rate_probe"]
+    best = min(range(3), key=lambda index: probe["valid_losses"][index])
+    assert resolved["learning_rate"] == probe["learning_rates"][best]
+    messages = workshop.messages(job)
+    assert f"Trying the learning rates 0.0013, 0.004, 0.012, {probe['steps']} steps each" in messages
+    assert any(m.startswith(f"Learning rate {resolved['learning_rate']:.2g} chosen; ") for m in messages)
+
+
+def test_a_job_interrupted_in_its_probe_continues_to_the_very_same_bytes(workshop: Workshop) -> None:
+    job = workshop.submit(hyperparameters=PROBED)
+    claim = workshop.control.claim()
+    workshop.control.jobs.pause(workshop.control.acme.id, job.id)
+    paused = TuningRun(workshop.services, claim, _after(38, StopRequested(StopReason.PAUSED))).execute()
+    assert paused is Outcome.PAUSED
+    assert workshop.job(job).resume_point is not None
+    assert not any(m.startswith("Learning rate") for m in workshop.messages(job))
+    workshop.control.jobs.resume(workshop.control.acme.id, job.id)
+    assert _run(workshop) is Outcome.SUCCEEDED
+    messages = workshop.messages(job)
+    assert sum(m.startswith("Trying the learning rates") for m in messages) == 1
+    assert sum(m.startswith("Learning rate") for m in messages) == 1
+    assert workshop.digest(job) == _straight(workshop, job)
+
+
+def test_an_adapter_of_one_layer_is_trained_written_served_and_continued(workshop: Workshop) -> None:
+    one_layer = replace(QUICK, layers_to_transform=(1,), target_modules="all-linear", n_epochs=8, learning_rate=2e-2)
+    job = workshop.submit(hyperparameters=one_layer)
+    assert _run(workshop) is Outcome.SUCCEEDED
+    weights = workshop.weights(workshop.digest(job))
+    assert weights.spec.layers_to_transform == (1,)
+    assert {name.split(".")[2] for name in weights.modules} == {"1"}
+    assert workshop.answer("word 99?", workshop.digest(job)) == "a medlar"
+    nothing = replace(QUICK, learning_rate=1e-30, n_epochs=1, lora_r="auto", target_modules="auto")
+    second = workshop.submit(parent_digest=workshop.digest(job), hyperparameters=nothing, preset=Preset.LIGHT)
+    assert _run(workshop) is Outcome.SUCCEEDED
+    _assert_same(workshop.weights(workshop.digest(second)), weights)
+
+
+def test_a_step_that_ran_out_of_memory_is_told_as_a_warning(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = workshop.submit(hyperparameters=replace(QUICK, n_epochs=1))
+    once = [torch.OutOfMemoryError("no room")]
+    original = Trainer._accumulate
+
+    def fails_once(self: Trainer, *args: Any) -> dict[str, float]:
+        if once:
+            raise once.pop()
+        return original(self, *args)
+
+    monkeypatch.setattr(Trainer, "_accumulate", fails_once)
+    assert _run(workshop) is Outcome.SUCCEEDED
+    page = workshop.control.jobs.events(workshop.control.acme.id, job.id, limit=1000)
+    (warning,) = [event.message for event in page.items if event.level is EventLevel.WARN]
+    assert warning == "The device ran out of memory at step 1: packs are now of at most 1024 tokens."

@@ -109,7 +109,11 @@ def test_presets_spend_more_and_more() -> None:
     assert light.config.eval_every > standard.config.eval_every > thorough.config.eval_every
     assert (light.spec.target_modules, standard.spec.target_modules) == (("k_proj", "q_proj"), "all-linear")
     assert [plan.probes for plan in (light, standard, thorough)] == [False, False, True]
-    assert (thorough.config.schedule, thorough.config.weight_decay, thorough.spec.lora_dropout) == ("cosine", 0.01, 0.05)
+    assert (thorough.config.schedule, thorough.config.weight_decay, thorough.spec.lora_dropout) == (
+        "cosine",
+        0.01,
+        0.05,
+    )
     assert _plan(base=WITH_ATTENTION) == standard
 
 
