@@ -1,8 +1,8 @@
 """Activation checkpointing by thread: one thread's layers are recomputed in its backward, others notice nothing.
 
 transformers' own switch is a flag on the module that serves others (and works in `train()` mode only). Here each
-layer's `forward` looks at the calling thread, as a LoRA site does. A backward may run in another thread than its forward (CUDA
-does so), so what belongs to the forward's thread, its routing and its pack, travels with the checkpoint.
+layer's `forward` looks at the calling thread, as a LoRA site does. A backward may run in another thread than its
+forward (CUDA does so), so what belongs to the forward's thread, its routing and its pack, travels with the checkpoint.
 Knows no model beyond its list of layers. Chen et al., arXiv 1604.06174.
 """
 

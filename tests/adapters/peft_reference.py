@@ -1,4 +1,4 @@
-"""The loop everybody writes from PEFT's documentation: padded batches, torch's AdamW, one schedule. The trainer's judge."""
+"""The loop everybody writes from PEFT's documentation: padded batches, torch's AdamW. The trainer's judge."""
 
 from __future__ import annotations
 

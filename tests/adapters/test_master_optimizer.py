@@ -10,9 +10,10 @@ from torch import nn
 
 from adapters.errors import TrainingError
 from adapters.master_optimizer import CALM_STEPS, MasterOptimizer
+from adapters.recipe import Schedule
 from tests.adapters.corpora import CONFIG
 
-STEADY = replace(CONFIG, schedule="constant", warmup_ratio=0.0, learning_rate=1.0)
+STEADY = replace(CONFIG, schedule=Schedule.CONSTANT, warmup_ratio=0.0, learning_rate=1.0)
 
 
 def _optimizer() -> tuple[MasterOptimizer, nn.Parameter]:

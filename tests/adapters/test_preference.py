@@ -32,8 +32,8 @@ def _trainer(base: GraftedBase, codec: TemplateCodec, **config: Any) -> Trainer:
 
 def _log_p(model: Any, tokens: torch.Tensor, learned: torch.Tensor) -> torch.Tensor:
     """Token by token, one sequence at a time, no packing: a scalar."""
-    logits = model(input_ids=tokens[None].long(), use_cache=False).logits[0].float()
-    total = logits.new_zeros(())
+    logits: torch.Tensor = model(input_ids=tokens[None].long(), use_cache=False).logits[0].float()
+    total: torch.Tensor = logits.new_zeros(())
     for position in range(1, len(tokens)):
         if learned[position]:
             total = total + logits[position - 1].log_softmax(-1)[int(tokens[position])]
@@ -46,7 +46,8 @@ def _slow_pair(model: Any, reference: Any, trainer: Trainer, pair: int, beta: fl
     ours = _log_p(model, *chosen) - _log_p(model, *rejected)
     with torch.no_grad():
         theirs = reference(*chosen) - reference(*rejected)
-    return beta * (ours - theirs)
+    margin: torch.Tensor = beta * (ours - theirs)
+    return margin
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # raised within PEFT
