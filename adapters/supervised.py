@@ -63,7 +63,8 @@ class Supervised:
         if self.kl_to_base:
             return self._held_near_base(rows, divisors, route)
         logits, labels = self._forward(rows, route)
-        loss = functional.cross_entropy(logits.float(), labels, reduction="sum")
+        logits = logits.float()
+        loss = functional.cross_entropy(logits, labels, reduction="sum")
         return PackResult(loss / divisors["loss"], {"loss": loss, "accuracy": _num_right(logits, labels)})
 
     def _held_near_base(
@@ -75,8 +76,8 @@ class Supervised:
         asked = torch.cat([mask[1:] for _, mask in both])
         is_kept = torch.cat([keep[1:] for keep in kept])[asked].to(self._forward.device)
         logits, labels = self._forward(both, route)
-        answers, answer_labels = logits[~is_kept], labels[~is_kept]
-        loss = functional.cross_entropy(answers.float(), answer_labels, reduction="sum")
+        answers, answer_labels = logits[~is_kept].float(), labels[~is_kept]
+        loss = functional.cross_entropy(answers, answer_labels, reduction="sum")
         sums = {"loss": loss, "accuracy": _num_right(answers, answer_labels)}
         total = loss / divisors["loss"]
         if bool(is_kept.any()):
