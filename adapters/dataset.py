@@ -94,6 +94,14 @@ Example = ChatExample | CompletionExample
 Parsed = TypeVar("Parsed", Example, PreferenceExample)
 
 
+@dataclass(frozen=True)
+class BadLine:
+    """A line that is no example, and why."""
+
+    line: int
+    message: str
+
+
 def read_examples(stream: BinaryIO, *, minimum: int = MIN_EXAMPLES, param: str = "training_file") -> Iterator[Example]:
     """Yield the examples of a JSONL stream, to be learned by imitation. Holds one line at a time.
 
@@ -101,32 +109,26 @@ def read_examples(stream: BinaryIO, *, minimum: int = MIN_EXAMPLES, param: str =
         DatasetError: at the end, listing up to 20 bad lines; `invalid_n_examples` when there are too few.
             After the first bad line nothing more is yielded, the rest is only checked.
     """
-    return _read(stream, _parse, minimum, param)
+    return _read(stream, parse_example, minimum, param)
 
 
 def read_preferences(
     stream: BinaryIO, *, minimum: int = MIN_EXAMPLES, param: str = "training_file"
 ) -> Iterator[PreferenceExample]:
     """The same for pairs of answers."""
-    return _read(stream, _parse_preference, minimum, param)
+    return _read(stream, parse_preference, minimum, param)
 
 
 def _read(stream: BinaryIO, parse: Callable[[int, bytes], Parsed], minimum: int, param: str) -> Iterator[Parsed]:
     complaints = Complaints(param)
-    kind: type[Parsed] | None = None
     num_examples = 0
-    for line, raw in _lines(stream):
-        try:
-            example = parse(line, raw)
-            if kind is not None and not isinstance(example, kind):
-                raise ValueError("chat examples and completion examples are mixed in one file")
-        except (ValueError, RecursionError) as error:
-            complaints.add(line, str(error))
+    for item in read_lines(stream, parse):
+        if isinstance(item, BadLine):
+            complaints.add(item.line, item.message)
             continue
-        kind = type(example)
         num_examples += 1
         if not complaints.lines:
-            yield example
+            yield item
     complaints.raise_any()
     if num_examples < minimum:
         noun = "example" if num_examples == 1 else "examples"
@@ -137,16 +139,34 @@ def _read(stream: BinaryIO, parse: Callable[[int, bytes], Parsed], minimum: int,
         )
 
 
+def read_lines(stream: BinaryIO, parse: Callable[[int, bytes], Parsed]) -> Iterator[Parsed | BadLine]:
+    """Every line of a JSONL stream that is not blank, as an example or as what is wrong with it; never stops early.
+
+    `parse` is `parse_example` or `parse_preference`.
+    """
+    kind: type[Parsed] | None = None
+    for line, raw in _lines(stream):
+        try:
+            example = parse(line, raw)
+            if kind is not None and not isinstance(example, kind):
+                raise ValueError("chat examples and completion examples are mixed in one file")
+        except (ValueError, RecursionError) as error:
+            yield BadLine(line, str(error))
+            continue
+        kind = type(example)
+        yield example
+
+
 def examples_at(stream: BinaryIO, lines: Collection[int]) -> list[Example]:
     """The examples on these lines (1-based) of a stream that has been validated before."""
     wanted = set(lines)
-    return [_parse(line, raw) for line, raw in _lines(stream) if line in wanted]
+    return [parse_example(line, raw) for line, raw in _lines(stream) if line in wanted]
 
 
 def preferences_at(stream: BinaryIO, lines: Collection[int]) -> list[PreferenceExample]:
     """The same for pairs of answers."""
     wanted = set(lines)
-    return [_parse_preference(line, raw) for line, raw in _lines(stream) if line in wanted]
+    return [parse_preference(line, raw) for line, raw in _lines(stream) if line in wanted]
 
 
 class Complaints:
@@ -189,7 +209,7 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
             yield number, raw
 
 
-def _parse(line: int, raw: bytes) -> Example:
+def parse_example(line: int, raw: bytes) -> Example:
     """One line as an example. Raises ValueError saying what is wrong with it."""
     value = _json_object(raw, "with 'messages', or with 'prompt' and 'completion'")
     if _PREFERENCE_KEYS & value.keys():
@@ -203,7 +223,7 @@ def _parse(line: int, raw: bytes) -> Example:
     raise ValueError("must have 'messages', or 'prompt' and 'completion'")
 
 
-def _parse_preference(line: int, raw: bytes) -> PreferenceExample:
+def parse_preference(line: int, raw: bytes) -> PreferenceExample:
     """One line as a pair of answers. Raises ValueError saying what is wrong with it."""
     value = _json_object(raw, "with 'input', 'preferred_output' and 'non_preferred_output'")
     if not _PREFERENCE_KEYS & value.keys() and ({"messages", "prompt", "completion"} & value.keys()):

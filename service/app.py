@@ -15,6 +15,7 @@ from service.api.services import Services
 from service.api.tool_format import ToolFormat
 from service.archive import Archive
 from service.config import Settings
+from service.data_reports import DataReports
 from service.engine.engine_process import EngineProcess
 from service.engine.grammar_compiler import GrammarCompiler
 from service.engine.remote_engine import RemoteEngine
@@ -59,6 +60,8 @@ def open_services(
         engine = stack.enter_context(_engine(settings, archive, metrics, engine_process))
         metrics.watch_engine(engine.stats)
         base = engine.base
+        data_reports = DataReports(archive.files, base)
+        stack.callback(data_reports.close)
         grammars = GrammarCompiler(base)
         stack.callback(grammars.close)
         registry = Registry(archive.database, BaseIdentity(base.name, base.fingerprint))
@@ -72,6 +75,7 @@ def open_services(
             metrics=metrics,
             tenants=Tenants(archive.database),
             files=archive.files,
+            data_reports=data_reports,
             jobs=Jobs(archive.database, metrics),
             registry=registry,
             store=archive.store,

@@ -42,6 +42,7 @@ class File:
     bytes: int
     created_at: float
     expires_at: float | None
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -238,4 +239,4 @@ def _not_found(file_id: str) -> NotFoundError:
 
 def _file(row: sa.Row[Any]) -> File:
     purpose = FilePurpose(row.purpose)
-    return File(row.id, row.tenant_id, row.filename, purpose, row.bytes, row.created_at, row.expires_at)
+    return File(row.id, row.tenant_id, row.filename, purpose, row.bytes, row.created_at, row.expires_at, row.sha256)

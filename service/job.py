@@ -104,7 +104,8 @@ class Hyperparameters:
 class JobSpec:
     """What was asked for. `model` is the id as requested; `parent_digest` the adapter it resolved to, if any.
 
-    `alias` (an extension) names the alias that moves to the new version in the transaction that succeeds.
+    `alias` (an extension) names the alias that moves to the new version in the transaction that succeeds; `strict`
+    (another) stops the job when the data report has errors.
     """
 
     model: str
@@ -119,6 +120,7 @@ class JobSpec:
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
     metadata: Mapping[str, str] | None = None
     alias: str | None = None
+    strict: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

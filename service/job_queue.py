@@ -116,6 +116,11 @@ class JobQueue:
         with self._fenced(claim, **values):
             pass
 
+    def save_data_report(self, claim: Claim, report: Mapping[str, Any]) -> None:
+        """Keep what the job's files are like (`Jobs.data_report`)."""
+        with self._fenced(claim, data_report=dict(report)):
+            pass
+
     def checkpoint(
         self,
         claim: Claim,

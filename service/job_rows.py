@@ -16,7 +16,9 @@ UNFINISHED = (JobStatus.QUEUED, JobStatus.RUNNING)
 
 
 def select_jobs() -> sa.Select[Any]:
-    return sa.select(jobs, tenants.c.name.label("tenant_name")).join(tenants)
+    """All but the data report, which is long and read on its own."""
+    columns = (column for column in jobs.c if column is not jobs.c.data_report)
+    return sa.select(*columns, tenants.c.name.label("tenant_name")).select_from(jobs.join(tenants))
 
 
 def job_of(row: sa.Row[Any]) -> Job:

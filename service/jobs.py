@@ -142,6 +142,14 @@ class Jobs:
             )
         return Page(tuple(checkpoint_of(row) for row in rows), has_more)
 
+    def data_report(self, tenant_id: str, job_id: str) -> Mapping[str, Any] | None:
+        """What the job's files are like (`DataReport.as_dict`); None before a worker has read them."""
+        query = sa.select(jobs.c.data_report).where(jobs.c.id == job_id)
+        with self._database.read() as connection:
+            _get(connection, tenant_id, job_id)
+            report: Mapping[str, Any] | None = connection.execute(query).scalar_one()
+        return report
+
     def _set_paused(self, tenant_id: str, job_id: str, paused: bool, verb: str) -> Job:
         with self._database.begin() as connection:
             job = _get(connection, tenant_id, job_id, lock=True)

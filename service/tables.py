@@ -80,6 +80,7 @@ jobs = Table(
     Column("fine_tuned_model", Text),
     Column("result_files", sa.JSON, nullable=False, default=list),
     Column("error", sa.JSON(none_as_null=True)),
+    Column("data_report", sa.JSON(none_as_null=True)),
     Column("idempotency_key", Text),
     Column("request_digest", String(64), nullable=False),
     Index("jobs_by_tenant", "tenant_id", "seq"),

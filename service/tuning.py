@@ -35,6 +35,7 @@ from service.files import FilePurpose, Files
 from service.heartbeat import StopReason, StopRequested
 from service.job import Claim, EventLevel, EventType
 from service.job_queue import FencedWriteError, JobCancelledError, JobQueue
+from service.job_report import report_events, report_on, strict_error
 from service.resume_points import ResumePoints
 from service.tuning_data import JobFiles, TuningData
 from service.tuning_plan import TuningPlan, make_plan
@@ -139,12 +140,31 @@ class TuningRun:
             self._say(f"Validating training file: {self._job.spec.training_file}")
             if self._job.spec.validation_file:
                 self._say(f"Validating validation file: {self._job.spec.validation_file}")
+            self._report_on_data()
         data = files.load()
         if not self._job.files_validated:
             self._services.queue.files_validated(self._claim)
             self._say("Fine-tuning job started")
             self._say(data.describe())
         return data
+
+    def _report_on_data(self) -> None:
+        """What is wrong with the files. Advice, and no reason to fail, unless the job is strict."""
+        strict = self._job.spec.strict
+        try:
+            report = report_on(self._services.files, self._job, self._services.base, self._check)
+        except Exception:
+            if strict:
+                raise
+            logger.exception("tuning.report_failed", extra=self._ids())
+            self._say("The data report could not be made", EventLevel.WARN)
+            return
+        self._services.queue.save_data_report(self._claim, report.as_dict())
+        for event in report_events(report):
+            self._say(event.message, event.level, data=event.data)
+        error = strict_error(report) if strict else None
+        if error is not None:
+            raise error
 
     def _make_trainer(self, data: TuningData) -> Trainer:
         """The trainer as it starts, or as the last attempt left it."""

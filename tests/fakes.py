@@ -25,9 +25,11 @@ from service.engine.sequence import (
 
 
 class FakeTokenizer:
-    """A token is a character's code point."""
+    """A token is a character's code point; 0 ends an answer."""
 
-    def encode(self, text: str) -> list[int]:
+    eos_token_id = 0
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [ord(character) for character in text]
 
 
@@ -50,7 +52,6 @@ class FakeBase:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        assert add_generation_prompt, "only trainers render without"
         return self.tokenizer.encode("".join(f"{message['role']}:{message['content']}\n" for message in messages))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import wrap_future
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
@@ -9,15 +10,24 @@ from urllib.parse import quote
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
+from pydantic import StringConstraints
 from starlette.datastructures import FormData, UploadFile
 
 from service.api.auth import TenantDep
 from service.api.pages import After, list_body, only_query
 from service.api.services import ServicesDep
-from service.errors import InvalidRequestError
+from service.api.wire import WireModel
+from service.errors import InvalidRequestError, NotFoundError
 from service.files import File, FilePurpose, Files
 
 router = APIRouter(tags=["files"])
+
+
+class ReportRequest(WireModel):
+    """The body of `POST /v1/files/{file_id}/report`; it may be left out."""
+
+    validation_file: Annotated[str, StringConstraints(min_length=1, max_length=128)] | None = None
+
 
 UPLOADABLE = (FilePurpose.FINE_TUNE, FilePurpose.USER_DATA)
 MIN_EXPIRY_SECONDS, MAX_EXPIRY_SECONDS = 3600, 30 * 24 * 3600
@@ -75,6 +85,34 @@ def get_file_content(file_id: str, tenant: TenantDep, services: ServicesDep) -> 
 def delete_file(file_id: str, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
     services.files.delete(tenant.id, file_id)
     return {"id": file_id, "object": "file", "deleted": True}
+
+
+@router.post("/v1/files/{file_id}/report")
+async def report_on_file(
+    file_id: str, tenant: TenantDep, services: ServicesDep, body: ReportRequest | None = None
+) -> dict[str, Any]:
+    other_id = None if body is None else body.validation_file
+    training, validation = await run_in_threadpool(_report_files, services.files, tenant.id, file_id, other_id)
+    made = await wrap_future(services.data_reports.submit(tenant.id, training, validation))
+    return {
+        "id": made.id,
+        "object": "file.report",
+        "created_at": int(made.created_at),
+        "file_id": file_id,
+        "validation_file": other_id,
+        "model": services.base.name,
+        **made.report.as_dict(),
+    }
+
+
+def _report_files(files: Files, tenant_id: str, file_id: str, other_id: str | None) -> tuple[File, File | None]:
+    training = files.get(tenant_id, file_id)
+    if other_id is None:
+        return training, None
+    try:
+        return training, files.get(tenant_id, other_id)
+    except NotFoundError as error:
+        raise InvalidRequestError(error.message, param="validation_file", code="invalid_validation_file") from None
 
 
 def file_body(file: File) -> dict[str, Any]:

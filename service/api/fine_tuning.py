@@ -14,7 +14,7 @@ from service.api.auth import TenantDep
 from service.api.fine_tuning_schemas import MAX_SEED, JobRequest
 from service.api.pages import After, Limit, list_body, only_query
 from service.api.services import Services, ServicesDep
-from service.errors import InvalidRequestError
+from service.errors import InvalidRequestError, NotFoundError
 from service.job import Checkpoint, Event, Hyperparameters, Job, JobSpec, Method, Preset
 from service.jobs import Idempotency
 
@@ -92,8 +92,16 @@ def list_checkpoints(
     return list_body([checkpoint_body(checkpoint) for checkpoint in page.items], has_more=page.has_more)
 
 
+@router.get("/{job_id}/report")
+def get_data_report(job_id: str, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
+    report = services.jobs.data_report(tenant.id, job_id)
+    if report is None:
+        raise NotFoundError(f"The job '{job_id}' has no data report yet.", param="job_id", code="report_not_ready")
+    return {"object": "fine_tuning.job.report", "job_id": job_id, **report}
+
+
 def job_body(job: Job) -> dict[str, Any]:
-    """OpenAI's job, with `paused`, `preset` and `alias` beside it."""
+    """OpenAI's job, with `paused`, `preset`, `alias` and `strict` beside it."""
     hyperparameters = {**job.spec.hyperparameters.as_dict(), **(job.resolved or {})}
     del hyperparameters["kl_to_base" if job.spec.method is Method.DPO else "beta"]
     return {
@@ -120,6 +128,7 @@ def job_body(job: Job) -> dict[str, Any]:
         "integrations": [],
         "metadata": None if job.spec.metadata is None else dict(job.spec.metadata),
         "alias": job.spec.alias,
+        "strict": job.spec.strict,
     }
 
 
@@ -165,6 +174,7 @@ def _spec(body: JobRequest, tenant_id: str, services: Services) -> JobSpec:
         hyperparameters=hyperparameters,
         metadata=body.metadata,
         alias=body.alias,
+        strict=bool(body.strict),
     )
 
 

@@ -1,6 +1,6 @@
 """What `POST /v1/fine_tuning/jobs` may say, and the bounds of it. Knows no table and no trainer.
 
-The hyperparameters after OpenAI's three, and `alias`, are extensions; the official client sends them as plain
+The hyperparameters after OpenAI's three, `alias` and `strict` are extensions; the official client sends them as plain
 dictionary entries and through `extra_body`.
 """
 
@@ -153,6 +153,7 @@ class JobRequest(WireModel):
     hyperparameters: SupervisedHyperparameters | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA_PAIRS)] | None = None
     alias: str | None = None
+    strict: bool | None = None
 
     unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {"integrations": ([],)}
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from adapters.store import AdapterStore
     from service.api.tool_format import ToolFormat
     from service.config import Settings
+    from service.data_reports import DataReports
     from service.engine.base_description import BaseDescription
     from service.engine.grammar_compiler import GrammarCompiler
     from service.engine.serving_engine import ServingEngine
@@ -36,6 +37,7 @@ class Services:
     metrics: Metrics
     tenants: Tenants
     files: Files
+    data_reports: DataReports
     jobs: Jobs
     registry: Registry
     store: AdapterStore

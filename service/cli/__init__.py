@@ -1,13 +1,13 @@
-"""The command line `rootstock`. Only `serve` loads the service; the others speak to one over HTTP.
+"""The command line `rootstock`. `serve` loads the service and `data` reads files; the others speak to a service over HTTP.
 
-Exit status: 0 done, 1 the service refused or the job failed, 2 wrong usage or settings, 3 no service there.
+Exit status: 0 done, 1 the service refused, the job failed or the data have errors, 2 wrong usage or settings, 3 no service there.
 """
 
 from __future__ import annotations
 
 import typer
 
-from service.cli import adapters, serve, tenants, tune
+from service.cli import adapters, data, serve, tenants, tune
 
 app = typer.Typer(
     name="rootstock",
@@ -20,6 +20,7 @@ app.command("serve")(serve.serve)
 app.command("tune")(tune.tune)
 app.add_typer(tenants.app, name="tenants")
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(data.app, name="data")
 
 
 def main() -> None:

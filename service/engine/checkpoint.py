@@ -56,6 +56,15 @@ def read_checkpoint(path_or_hub_id: str, dtype: torch.dtype | None) -> Checkpoin
     return Checkpoint(model, tokenizer, _fingerprint(raw, model), _max_length(config))
 
 
+def read_tokenizer(path_or_hub_id: str) -> tuple[Tokenizer, PretrainedConfig, int]:
+    """What is known of a base without its weights: tokenizer, config, longest sequence. Raises BaseModelError."""
+    source, is_local = _locate(path_or_hub_id)
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": is_local}
+    with _quietly():
+        config = _read_config(source, options)
+        return _read_tokenizer(source, options), config, _max_length(config)
+
+
 def _locate(path_or_hub_id: str) -> tuple[str, bool]:
     """(directory or hub id, whether it is a directory)."""
     path = Path(path_or_hub_id).expanduser()
