@@ -23,6 +23,7 @@ from rich.table import Table
 
 from adapters.data_report import Base, DataReport, Limits, make_report
 from adapters.data_report.outputs import OutputKind
+from adapters.data_report.row import plain
 from bench.faults import FAULTS, JSON_FAULTS, LABEL_FAULTS, Fault, Pair, as_line
 
 ALL_LINES = Limits(max_lines=1_000_000)
@@ -31,9 +32,13 @@ OVERLAP_CODES = ("validation_overlap",)
 NEAR_OVERLAP_CODES = ("validation_near_overlap",)
 
 
+_Line = tuple[bytes, str | None, int | None]
+"""What stands there, the fault that was planted, the clean row that it is."""
+
+
 @dataclass
 class Dirty:
-    """A file with faults. Lines are 1-based; `twins` are the clean lines that a planted one copies."""
+    """A file with faults. Lines are 1-based; `twins` are the clean lines with an input that a planted one copies."""
 
     lines: list[bytes] = field(default_factory=list)
     planted: dict[str, set[int]] = field(default_factory=dict)
@@ -61,18 +66,16 @@ def plant(clean: Sequence[Pair], faults: Sequence[Fault], count: int, seed: int)
     rng = random.Random(seed)
     usable = [index for index, pair in enumerate(clean) if sum(map(str.isalpha, pair[0])) >= MIN_LETTERS]
     chosen = iter(rng.sample(usable, count * len(faults)))
-    rows: list[tuple[bytes, str | None, int | None]] = [
-        (as_line(pair), None, index) for index, pair in enumerate(clean)
-    ]
-    added: list[tuple[bytes, str | None, int | None]] = []
-    copied: set[int] = set()
+    rows: list[_Line] = [(as_line(pair), None, index) for index, pair in enumerate(clean)]
+    added: list[_Line] = []
+    copied: set[str] = set()
     for fault in faults:
         for _ in range(count):
             index = next(chosen)
             line = _faulty(fault, clean, index, rng)
             if fault.adds:
                 added.append((line, fault.name, None))
-                copied.add(index)
+                copied.add(plain(clean[index][0]))
             else:
                 rows[index] = (line, fault.name, None)
     rng.shuffle(added)
@@ -85,7 +88,7 @@ def plant(clean: Sequence[Pair], faults: Sequence[Fault], count: int, seed: int)
             dirty.planted.setdefault(name, set()).add(number)
         elif index is not None:
             dirty.clean_line[number] = index + 1
-            if index in copied:
+            if plain(clean[index][0]) in copied:
                 dirty.twins.add(number)
     return dirty
 
@@ -103,11 +106,12 @@ def score(faults: Sequence[Fault], dirty: Dirty, report: DataReport, clean: Data
     scores = []
     for fault in faults:
         named = set().union(*(now.get(code, set()) for code in fault.codes))
-        known = set().union(*(before.get(code, set()) for code in fault.codes))
+        before_too: set[int] = set().union(*(before.get(code, set()) for code in fault.codes))
+        known = before_too.union(*(before.get(code, set()) for code in fault.kin))
         planted = dirty.planted.get(fault.name, set())
         innocent = named - dirty.all_planted - dirty.twins
         false = {line for line in innocent if dirty.clean_line[line] not in known}
-        scores.append(Score(fault.name, len(planted), len(planted & named), len(false), len(known)))
+        scores.append(Score(fault.name, len(planted), len(planted & named), len(false), len(before_too)))
     return scores
 
 
@@ -159,12 +163,12 @@ def faults_for(pairs: Sequence[Pair], base: Base | None) -> tuple[tuple[Fault, .
 def measure(
     train: Sequence[Pair], valid: Sequence[Pair], *, count: int, seed: int, base: Base | None
 ) -> tuple[list[Score], float]:
-    """The scores, and the seconds that the report on the dirty file took."""
+    """The scores, and the seconds of one core that the report on the dirty file took."""
     faults, clean = faults_for(train, base)
     dirty = plant(train, faults, count, seed)
-    started = time.perf_counter()
+    started = time.process_time()
     report = _report(source(dirty.lines), None, base)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     scores = score(faults, dirty, report, clean)
     if valid:
         scores += score_overlap(train, valid, count, seed, base)
@@ -194,7 +198,9 @@ def _read(path: Path) -> list[Pair]:
 
 
 def _show(name: str, scores: Sequence[Score], num_rows: int, seconds: float, console: Console) -> None:
-    table = Table("fault", "planted", "found", "false", "clean", title=f"{name}: {num_rows} rows, {seconds:.1f} s")
+    table = Table(
+        "fault", "planted", "found", "false", "clean", title=f"{name}: {num_rows} rows, {seconds:.1f} s of one core"
+    )
     for one in scores:
         missed = one.num_found < one.num_planted
         cells = (one.name, *map(str, (one.num_planted, one.num_found, one.num_false, one.num_clean)))

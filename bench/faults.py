@@ -1,11 +1,12 @@
 """Faults to plant into a clean data set, each with what a report should call it. Invented text only; knows no report.
 
-A fault makes a row wrong or adds a wrong one; where it lands is the planter's choice. Values that look personal or secret
-are drawn at random, with right checksums, and belong to nobody.
+A fault makes a row wrong or adds a wrong one; where it lands is the planter's choice. Values that look personal or
+secret are drawn at random, with right checksums, and belong to nobody.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 import string
@@ -23,6 +24,7 @@ class Fault:
     """`make` turns a clean row into a faulty one; None adds a broken line instead, by `broken`.
 
     `codes` are the findings of which one must name the line. `adds`: the clean row stays, the faulty one is a new line.
+    `kin` are codes by which a clean file's report may name what `codes` name once its neighbours have changed.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Fault:
     make: Callable[[Pair, random.Random, Sequence[Pair]], Pair] | None = None
     broken: Callable[[Pair, random.Random], bytes] | None = None
     adds: bool = False
+    kin: tuple[str, ...] = ()
 
 
 def as_line(pair: Pair) -> bytes:
@@ -138,7 +141,7 @@ _FOREIGN = (
     "Czy może mi Pan wyjaśnić, dlaczego przelew jeszcze nie dotarł na konto?",
     "Объясните, пожалуйста, почему перевод до сих пор не пришёл на мой счёт?",
     "请您解释一下为什么汇款到现在还没有到我的账户。",
-    "Havalenin neden hâlâ hesabıma ulaşmadığını açıklayabilir misiniz?",
+    "Varför har överföringen fortfarande inte kommit fram till mitt konto?",
 )
 
 
@@ -213,6 +216,10 @@ def national_id(rng: random.Random) -> str:
     return f"{rng.randint(100, 665)}-{rng.randint(10, 99)}-{rng.randint(1000, 9999)}"
 
 
+def _base64(text: str) -> str:
+    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
 def secret(rng: random.Random) -> str:
     forms = (
         lambda: "AKIA" + "".join(rng.choices(string.ascii_uppercase + "234567", k=16)),
@@ -220,7 +227,7 @@ def secret(rng: random.Random) -> str:
         lambda: "sk-proj-" + _token(rng, 48),
         lambda: f"xoxb-{_digits(rng, 12)}-{_digits(rng, 12)}-{_token(rng, 24).lower()}",
         lambda: f"https://{_name(rng)}:{_token(rng, 12)}1@{_name(rng)}.net/x",
-        lambda: "eyJ" + _token(rng, 20) + ".eyJ" + _token(rng, 40) + "." + _token(rng, 43),
+        lambda: ".".join([_base64('{"alg": "HS256"}'), _base64(f'{{"sub": "{_name(rng)}"}}'), _token(rng, 43)]),
         lambda: "-----BEGIN RSA PRIVATE KEY-----\n" + _token(rng, 64) + "\n-----END RSA PRIVATE KEY-----",
         lambda: f'password = "{_token(rng, 10)}7!"',
     )
@@ -238,7 +245,7 @@ FAULTS = (
     Fault("malformed line", ("format_error",), broken=_broken),
     Fault("empty answer", ("empty_text",), broken=_empty),
     Fault("exact duplicate", ("exact_duplicates",), _copy, adds=True),
-    Fault("near duplicate", ("near_duplicates",), _near_copy, adds=True),
+    Fault("near duplicate", ("near_duplicates",), _near_copy, adds=True, kin=("exact_duplicates",)),
     Fault("conflicting output", ("conflicting_outputs", "several_outputs"), _conflict, adds=True),
     Fault("placeholder answer", ("placeholder_answer",), _placeholder),
     Fault("refused answer", ("refused_answer",), _refusal),

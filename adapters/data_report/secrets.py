@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from detect_secrets.plugins.artifactory import ArtifactoryDetector
 from detect_secrets.plugins.aws import AWSKeyDetector
 from detect_secrets.plugins.azure_storage_key import AzureStorageKeyDetector
-from detect_secrets.plugins.base import BasePlugin, RegexBasedDetector
+from detect_secrets.plugins.base import RegexBasedDetector
 from detect_secrets.plugins.basic_auth import BasicAuthDetector
 from detect_secrets.plugins.discord import DiscordBotTokenDetector
 from detect_secrets.plugins.github_token import GitHubTokenDetector
 from detect_secrets.plugins.gitlab_token import GitLabTokenDetector
 from detect_secrets.plugins.jwt import JwtTokenDetector
-from detect_secrets.plugins.keyword import KeywordDetector
+from detect_secrets.plugins.keyword import CONFIG_DENYLIST_REGEX_TO_GROUP, KeywordDetector
 from detect_secrets.plugins.mailchimp import MailchimpDetector
 from detect_secrets.plugins.npm import NpmDetector
 from detect_secrets.plugins.openai import OpenAIDetector
@@ -34,6 +34,8 @@ from detect_secrets.plugins.twilio import TwilioKeyDetector
 from adapters.data_report.personal_data import Span, separate
 
 MIN_PASSWORD_LENGTH = 6
+
+_BORDER = re.compile(r"[\s\"'<>(),;`]")
 
 _KEY_BLOCK = re.compile(
     r"(?:-{2,}\s*)?BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?.*?(?:END [A-Z0-9 ]*PRIVATE KEY.*?-{2,}|\Z)", re.S
@@ -59,7 +61,7 @@ class Secrets:
     """The recognisers; make one and use it for many texts."""
 
     def __init__(self) -> None:
-        self._detectors: tuple[BasePlugin, ...] = tuple(
+        self._detectors: tuple[RegexBasedDetector, ...] = tuple(
             detector()
             for detector in (
                 ArtifactoryDetector,
@@ -70,7 +72,6 @@ class Secrets:
                 GitHubTokenDetector,
                 GitLabTokenDetector,
                 JwtTokenDetector,
-                KeywordDetector,
                 MailchimpDetector,
                 NewerTokenDetector,
                 NpmDetector,
@@ -84,18 +85,29 @@ class Secrets:
                 TwilioKeyDetector,
             )
         )
-        self._private_keys = PrivateKeyDetector()
+        self._keywords, self._private_keys = KeywordDetector(), PrivateKeyDetector()
 
     def spans(self, text: str) -> list[Span]:
         """In order, not overlapping."""
-        return separate([*self._tokens(text), *self._key_blocks(text)])
+        return separate([*self._tokens(text), *self._passwords(text), *self._key_blocks(text)])
 
     def _tokens(self, text: str) -> Iterator[Span]:
+        """What a vendor's pattern matches, grown to the whole word: a pattern may stop short, or name a part only."""
         for detector in self._detectors:
-            for value in detector.analyze_string(text):
-                if value and _is_secret(value):
+            if any(True for _ in detector.analyze_string(text)):
+                for pattern in detector.denylist:
+                    for match in pattern.finditer(text):
+                        yield _whole_word(text, *match.span())
+
+    def _passwords(self, text: str) -> Iterator[Span]:
+        for values in (
+            self._keywords.analyze_string(text),
+            self._keywords.analyze_string(text, CONFIG_DENYLIST_REGEX_TO_GROUP),
+        ):
+            for value in values:
+                if value and _is_password(value):
                     for match in re.finditer(re.escape(value), text):
-                        yield Span(*match.span(), "secret")
+                        yield _whole_word(text, *match.span())
 
     def _key_blocks(self, text: str) -> Iterator[Span]:
         if any(True for _ in self._private_keys.analyze_string(text)):
@@ -103,6 +115,15 @@ class Secrets:
                 yield Span(*match.span(), "secret")
 
 
-def _is_secret(value: str) -> bool:
-    """A word is none: tokens and passwords hold something besides letters."""
-    return len(value) >= MIN_PASSWORD_LENGTH and not value.isalpha() and len(set(value)) > 3
+def _whole_word(text: str, start: int, stop: int) -> Span:
+    while start > 0 and not _BORDER.match(text[start - 1]):
+        start -= 1
+    while stop < len(text) and not _BORDER.match(text[stop]):
+        stop += 1
+    return Span(start, stop, "secret")
+
+
+def _is_password(value: str) -> bool:
+    """Behind `password:` there may stand any word; one of letters and something else is hardly a word."""
+    has_letter = any(map(str.isalpha, value))
+    return len(value) >= MIN_PASSWORD_LENGTH and has_letter and any(map(str.isdigit, value)) and len(set(value)) > 3

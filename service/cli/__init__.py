@@ -1,6 +1,7 @@
-"""The command line `rootstock`. `serve` loads the service and `data` reads files; the others speak to a service over HTTP.
+"""The command line `rootstock`. `serve` loads the service, `data` reads files; the others speak to a service over HTTP.
 
-Exit status: 0 done, 1 the service refused, the job failed or the data have errors, 2 wrong usage or settings, 3 no service there.
+Exit status: 0 done, 1 the service refused, the job failed or the data have errors, 2 wrong usage or settings,
+3 no service there.
 """
 
 from __future__ import annotations

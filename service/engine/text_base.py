@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,7 @@ class TextBase:
 def load_text_base(path_or_hub_id: str) -> TextBase:
     """Raises BaseModelError with the way out."""
     tokenizer, config, max_model_len = read_tokenizer(path_or_hub_id)
+    tokenizer.model_max_length = sys.maxsize  # no warnings about what is only counted
     if not tokenizer.chat_template:
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
     ends = {tokenizer.eos_token_id, *_as_list(config.get_text_config().eos_token_id)} - {None}
