@@ -2,6 +2,6 @@
 
 from adapters.data_report.finding import DataReport, Finding, Severity
 from adapters.data_report.hits import Limits
-from adapters.data_report.report import Base, Source, make_report
+from adapters.data_report.report import Base, Source, Tools, make_report
 
-__all__ = ["Base", "DataReport", "Finding", "Limits", "Severity", "Source", "make_report"]
+__all__ = ["Base", "DataReport", "Finding", "Limits", "Severity", "Source", "Tools", "make_report"]

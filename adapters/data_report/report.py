@@ -69,14 +69,16 @@ def make_report(
     *,
     base: Base | None = None,
     limits: Limits | None = None,
+    tools: Tools | None = None,
     breathe: Callable[[], None] = lambda: None,
 ) -> DataReport:
     """Never raises about the files' content: that is what the findings are for.
 
-    Without a `base` nothing is said of tokens. `breathe` is called for each line and each part of what takes long, so
-    that a caller can yield the processor, or stop by raising.
+    `tools` may be shared by reports that are made one after another. Without a `base` nothing is said of tokens.
+    `breathe` is called for each line and each part of what takes long, so that a caller can yield the processor, or
+    stop by raising.
     """
-    limits, tools = limits or Limits(), Tools.make()
+    limits, tools = limits or Limits(), tools or Tools.make()
     train = _FileReport("training_file", limits, tools, base, breathe)
     train.read(training)
     findings = train.findings(training)

@@ -193,7 +193,7 @@ def test_a_bug_fails_the_job_without_telling_the_tenant_its_insides(
     assert "secret" in caplog.text
 
 
-@pytest.mark.parametrize("calls", [10, 31, 60])  # while reading, training and late in training
+@pytest.mark.parametrize("calls", [10, 31, 60, 90])  # while reporting, reading, training and late in training
 def test_a_paused_job_continues_to_the_very_same_bytes(workshop: Workshop, calls: int) -> None:
     job = workshop.submit()
     claim = workshop.control.claim()
@@ -443,3 +443,57 @@ def test_a_step_that_ran_out_of_memory_is_told_as_a_warning(
     page = workshop.control.jobs.events(workshop.control.acme.id, job.id, limit=1000)
     (warning,) = [event.message for event in page.items if event.level is EventLevel.WARN]
     assert warning == "The device ran out of memory at step 1: packs are now of at most 1024 tokens."
+
+
+def _leaking() -> list[object]:
+    """Examples with a secret, and one that occurs twice."""
+    key = "ghp_" + "a1B2" * 9
+    return [*medlars(24), medlars(1)[0], *_chats((f"my key is {key}", "a medlar"))]
+
+
+def _chats(*pairs: tuple[str, str]) -> list[object]:
+    return [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+        for asked, said in pairs
+    ]
+
+
+def test_a_job_reports_on_its_data_in_events_and_keeps_the_report(workshop: Workshop) -> None:
+    job = workshop.submit(_leaking(), validation_file=workshop.upload(medlars(3)))
+    assert workshop.control.jobs.data_report(workshop.control.acme.id, job.id) is None
+    assert _run(workshop) is Outcome.SUCCEEDED
+    report = workshop.control.jobs.data_report(workshop.control.acme.id, job.id)
+    assert report is not None
+    found = {(finding["file"], finding["code"]) for finding in report["findings"]}
+    assert {("training_file", "exact_duplicates"), ("training_file", "secret")} <= found
+    assert ("validation_file", "validation_overlap") in found
+    page = workshop.control.jobs.events(workshop.control.acme.id, job.id, limit=1000)
+    events = page.items[::-1]
+    (told,) = (event for event in events if event.message.startswith("Data report: "))
+    assert told.data is not None
+    assert {finding["code"] for finding in told.data["findings"]} == {code for _, code in found}
+    warned = [event.message for event in events if event.level is EventLevel.WARN]
+    assert any(message.startswith("exact duplicates: 1 (line 25).") for message in warned)
+    assert "a1B2a1B2" not in str([(event.message, event.data) for event in events]) + str(report)
+
+
+def test_a_strict_job_stops_on_errors_and_names_them_with_their_lines(workshop: Workshop) -> None:
+    job = workshop.submit(_leaking(), strict=True)
+    assert _run(workshop) is Outcome.FAILED
+    failed = workshop.job(job)
+    assert failed.error is not None
+    assert (failed.error.code, failed.error.param) == ("data_report_errors", "training_file")
+    assert "secret: 1 (line 26)" in failed.error.message and "a1B2" not in failed.error.message
+    assert workshop.control.jobs.data_report(workshop.control.acme.id, job.id) is not None
+
+
+def test_a_strict_job_trains_on_data_without_errors(workshop: Workshop) -> None:
+    workshop.submit(medlars(24), strict=True)
+    assert _run(workshop) is Outcome.SUCCEEDED
+
+
+def test_a_report_that_breaks_stops_no_job(workshop: Workshop, caplog: pytest.LogCaptureFixture) -> None:
+    job = workshop.submit()
+    assert _run(workshop, _after(3, ZeroDivisionError("in the report"))) is Outcome.SUCCEEDED
+    assert "The data report could not be made" in workshop.messages(job)
+    assert "in the report" in caplog.text
