@@ -82,13 +82,13 @@ def plant(clean: Sequence[Pair], faults: Sequence[Fault], count: int, seed: int)
     for row in added:  # behind what they copy, so that it is the copy that is named
         rows.insert(rng.randint(len(clean), len(rows)), row)
     dirty = Dirty()
-    for number, (line, name, index) in enumerate(rows, 1):
+    for number, (line, name, clean_index) in enumerate(rows, 1):
         dirty.lines.append(line)
         if name is not None:
             dirty.planted.setdefault(name, set()).add(number)
-        elif index is not None:
-            dirty.clean_line[number] = index + 1
-            if plain(clean[index][0]) in copied:
+        elif clean_index is not None:
+            dirty.clean_line[number] = clean_index + 1
+            if plain(clean[clean_index][0]) in copied:
                 dirty.twins.add(number)
     return dirty
 

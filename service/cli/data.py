@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +14,7 @@ from service.cli.client import REFUSED, USAGE, console, fail, interactive
 from service.config import BUNDLED_BASE
 
 if TYPE_CHECKING:
-    from adapters.data_report import DataReport, Finding
+    from adapters.data_report import DataReport, Finding, Source
 
 app = typer.Typer(help="Look at training data before training on it.", no_args_is_help=True)
 
@@ -48,7 +47,7 @@ def report(
         text_base = load_text_base(base)
     except BaseModelError as error:
         fail(error.message, USAGE)
-    sources = [partial(path.open, "rb") for path in (file, validation) if path is not None]
+    sources: list[Source] = [_source(path) for path in (file, validation) if path is not None]
     with console.status("reading") if interactive() and not as_json else nullcontext():
         made = make_report(*sources, base=Base(text_base, text_base.max_model_len, text_base.added_tokens))
     if as_json:
@@ -57,6 +56,10 @@ def report(
         _show(made)
     if made.has_errors:
         raise typer.Exit(REFUSED)
+
+
+def _source(path: Path) -> Source:
+    return lambda: path.open("rb")
 
 
 def _show(made: DataReport) -> None:

@@ -219,8 +219,9 @@ def test_near_duplicates_agree_with_comparing_every_pair() -> None:
         assert near.make is not None
         rows.append(near.make(rows[index], rng, rows))
         planted.add(len(rows) - 1)
-    index = NearDuplicates(Limits())
-    found = [pair for number, row in enumerate(rows) for pair in index.add(_row(number, row))] + index.settle()
+    near_index = NearDuplicates(Limits())
+    found = [pair for number, row in enumerate(rows) for pair in near_index.add(_row(number, row))]
+    found += near_index.settle()
     assert {line for line, _ in found} == planted
     for line, earlier in found:
         slow = jaccard(_pieces(rows[line][0]), _pieces(rows[earlier][0]))

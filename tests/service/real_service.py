@@ -21,6 +21,7 @@ from service.api.services import Services
 from service.api.tool_format import ToolFormat
 from service.app import create_app
 from service.config import Settings
+from service.data_reports import DataReports
 from service.database import connect
 from service.engine.base_model import BaseModel, load_base_model
 from service.engine.engine import Engine
@@ -105,6 +106,7 @@ def serve_real(
             metrics=metrics,
             tenants=control.tenants,
             files=control.files,
+            data_reports=stack.enter_context(closing(DataReports(control.files, base))),
             jobs=control.jobs,
             registry=control.registry,
             store=AdapterStore(str(directory / "adapters"), directory / "cache"),

@@ -211,7 +211,7 @@ def test_a_paused_job_continues_to_the_very_same_bytes(workshop: Workshop, calls
 def test_a_killed_worker_costs_only_what_it_did_since_the_last_resume_point(workshop: Workshop) -> None:
     job = workshop.submit()
     with pytest.raises(KilledError):
-        TuningRun(eager(workshop.services), workshop.control.claim(), _after(40, KilledError())).execute()
+        TuningRun(eager(workshop.services), workshop.control.claim(), _after(64, KilledError())).execute()
     assert workshop.job(job).state is JobStatus.RUNNING
     workshop.control.expire_lease(job.id)
     assert _run(workshop) is Outcome.SUCCEEDED
@@ -223,7 +223,7 @@ def test_a_killed_worker_costs_only_what_it_did_since_the_last_resume_point(work
 def test_a_damaged_resume_point_means_starting_over_not_failing(workshop: Workshop) -> None:
     job = workshop.submit()
     with pytest.raises(KilledError):
-        TuningRun(eager(workshop.services), workshop.control.claim(), _after(40, KilledError())).execute()
+        TuningRun(eager(workshop.services), workshop.control.claim(), _after(64, KilledError())).execute()
     for path in (workshop.control.storage / "training" / job.id).iterdir():
         path.write_bytes(b"torn")
     workshop.control.expire_lease(job.id)
@@ -238,11 +238,11 @@ def test_a_cancelled_job_stops_and_publishes_nothing(workshop: Workshop) -> None
     def cancel_then_go_on() -> None:
         nonlocal calls
         calls += 1
-        if calls == 40:
+        if calls == 64:
             workshop.control.jobs.cancel(workshop.control.acme.id, job.id)
 
     assert _run(workshop, cancel_then_go_on) is Outcome.CANCELLED
-    assert calls < 45
+    assert calls < 69
     assert workshop.job(job).status is JobStatus.CANCELLED
     assert workshop.job(job).fine_tuned_model is None
 
@@ -255,7 +255,7 @@ def test_a_worker_that_lost_its_lease_writes_nothing_more(workshop: Workshop) ->
     def steal() -> None:
         nonlocal calls
         calls += 1
-        if calls == 40:
+        if calls == 64:
             workshop.control.expire_lease(job.id)
             stolen.append(workshop.control.claim("thief"))
 
