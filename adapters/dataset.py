@@ -142,7 +142,7 @@ def _read(stream: BinaryIO, parse: Callable[[int, bytes], Parsed], minimum: int,
 def read_lines(stream: BinaryIO, parse: Callable[[int, bytes], Parsed]) -> Iterator[Parsed | BadLine]:
     """Every line of a JSONL stream that is not blank, as an example or as what is wrong with it; never stops early.
 
-    `parse` is `parse_example` or `parse_preference`.
+    `parse` is `parse_example`, `parse_preference` or `parse_learned`.
     """
     kind: type[Parsed] | None = None
     for line, raw in _lines(stream):
@@ -157,10 +157,12 @@ def read_lines(stream: BinaryIO, parse: Callable[[int, bytes], Parsed]) -> Itera
         yield example
 
 
-def examples_at(stream: BinaryIO, lines: Collection[int]) -> list[Example]:
+def examples_at(
+    stream: BinaryIO, lines: Collection[int], parse: Callable[[int, bytes], Example] | None = None
+) -> list[Example]:
     """The examples on these lines (1-based) of a stream that has been validated before."""
-    wanted = set(lines)
-    return [parse_example(line, raw) for line, raw in _lines(stream) if line in wanted]
+    wanted, parse = set(lines), parse or parse_example
+    return [parse(line, raw) for line, raw in _lines(stream) if line in wanted]
 
 
 def preferences_at(stream: BinaryIO, lines: Collection[int]) -> list[PreferenceExample]:
@@ -221,6 +223,13 @@ def parse_example(line: int, raw: bytes) -> Example:
         _refuse_unknown(value, {"prompt", "completion"}, "")
         return CompletionExample(line, _text(value, "prompt", ""), _text(value, "completion", ""))
     raise ValueError("must have 'messages', or 'prompt' and 'completion'")
+
+
+def parse_learned(line: int, raw: bytes) -> Example:
+    """A line of either method as what is learned from it: of a pair, the better answer. Raises ValueError."""
+    if b'"preferred_output"' in raw:
+        return parse_preference(line, raw).preferred
+    return parse_example(line, raw)
 
 
 def parse_preference(line: int, raw: bytes) -> PreferenceExample:

@@ -30,7 +30,7 @@ from adapters.data_report.representativeness import Sample, distance
 from adapters.data_report.role_text import RoleTextCheck
 from adapters.data_report.row import Row
 from adapters.data_report.secrets import Secrets
-from adapters.dataset import MIN_EXAMPLES, BadLine, examples_at, parse_example, read_lines
+from adapters.dataset import MIN_EXAMPLES, BadLine, examples_at, parse_learned, read_lines
 
 Source = Callable[[], AbstractContextManager[BinaryIO]]
 """Opens a file from its beginning."""
@@ -129,7 +129,7 @@ class _FileReport:
 
     def read(self, source: Source) -> None:
         with source() as stream:
-            for item in read_lines(stream, parse_example):
+            for item in read_lines(stream, parse_learned):
                 self._breathe()
                 if isinstance(item, BadLine):
                     self._format.add_bad(item)
@@ -211,7 +211,7 @@ class _FileReport:
 
     def _excerpts(self, source: Source, lines: Collection[int]) -> Iterator[tuple[int, str]]:
         with source() as stream:
-            for example in examples_at(stream, lines):
+            for example in examples_at(stream, lines, parse_learned):
                 row = Row.of(example)
                 excerpt = self._tools.redactor.excerpt
                 yield row.line, f"{excerpt(row.question)} → {excerpt(row.answer)}"

@@ -285,3 +285,21 @@ def _row(line: int, pair: tuple[str, str]) -> Row:
 def _pieces(text: str) -> set[str]:
     text = plain(text)
     return {text[start : start + 3] for start in range(len(text) - 2)}
+
+
+def test_pairs_of_answers_are_reported_on_by_the_better_one() -> None:
+    def pair(asked: str, better: str) -> dict[str, Any]:
+        return {
+            "input": {"messages": [{"role": "user", "content": asked}]},
+            "preferred_output": [{"role": "assistant", "content": better}],
+            "non_preferred_output": [{"role": "assistant", "content": "no idea"}],
+        }
+
+    rows = [pair(f"{verb} the {fruit}?", f"{fruit} first") for verb in VERBS[:2] for fruit in FRUITS]
+    report = report_on(
+        dirty_data.source(json.dumps(r) for r in [*rows, rows[4], pair(f"{VERBS[0]} the {FRUITS[0]}?", "never")])
+    )
+    found = {finding.code: finding.lines for finding in report.findings}
+    assert found["exact_duplicates"] == (21,)
+    assert 22 in found["conflicting_outputs"]
+    assert "format_error" not in found
