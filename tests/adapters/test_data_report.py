@@ -297,7 +297,9 @@ def test_pairs_of_answers_are_reported_on_by_the_better_one() -> None:
 
     rows = [pair(f"{verb} the {fruit}?", f"{fruit} first") for verb in VERBS[:2] for fruit in FRUITS]
     report = report_on(
-        dirty_data.source(json.dumps(r) for r in [*rows, rows[4], pair(f"{VERBS[0]} the {FRUITS[0]}?", "never")])
+        dirty_data.source(
+            json.dumps(r).encode() for r in [*rows, rows[4], pair(f"{VERBS[0]} the {FRUITS[0]}?", "never")]
+        )
     )
     found = {finding.code: finding.lines for finding in report.findings}
     assert found["exact_duplicates"] == (21,)
