@@ -135,6 +135,19 @@ def build_corpus(
     )
 
 
+def text_corpus(texts: Iterable[str], codec: Codec, *, max_length: int) -> Corpus:
+    """Plain texts, cut at `max_length` tokens, every token but the first learned; `lines` number the texts from 1."""
+    encoded = [encode_prompt(codec, text)[:max_length] for text in texts]
+    edges = torch.tensor([0, *map(len, encoded)]).cumsum(0)
+    tokens = torch.tensor([token for ids in encoded for token in ids], dtype=torch.int32)
+    return Corpus(
+        tokens=tokens,
+        trained=torch.ones(len(tokens), dtype=torch.bool),
+        spans=torch.stack([edges[:-1], edges[1:]], dim=1),
+        lines=torch.arange(1, len(encoded) + 1, dtype=torch.int32),
+    )
+
+
 def split_validation(corpus: Corpus, *, seed: int) -> tuple[Corpus, Corpus]:
     """Hold out a tenth of the examples (at least 4 but never more than a fifth, at most 512), by seed.
 

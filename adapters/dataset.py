@@ -3,25 +3,31 @@
 Chat: `{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…", "weight": 1}]}`.
 Completion: `{"prompt": "…", "completion": "…"}`. Preference, for the method `dpo`: `{"input": {"messages": […]},
 "preferred_output": [{"role": "assistant", "content": "…"}], "non_preferred_output": […]}`. A file holds one kind. It is
-read as a stream, line by line, and every complaint names its line.
+read as a stream, line by line, and every complaint names its line. Chats and completions may carry
+`"metadata": {"field": "value"}` and `"assertions": […]` (`adapters.assertions`): nobody learns from these, evaluations
+slice and check by them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO, TypeVar
 
+from adapters.assertions import Assertion, parse_assertions
 from adapters.errors import DatasetError
 
 MIN_EXAMPLES = 10
 MAX_LINE_BYTES = 8 * 1024 * 1024
 MAX_COMPLAINTS = 20
+MAX_METADATA_FIELDS = 16
+MAX_METADATA_CHARACTERS = 256
 
 ROLES = ("system", "user", "assistant", "tool")
 _MESSAGE_KEYS = {"role", "content", "weight"}
 _PREFERENCE_KEYS = {"input", "preferred_output", "non_preferred_output"}
+_SIDE_KEYS = {"metadata", "assertions"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class Message:
 class ChatExample:
     line: int
     messages: tuple[Message, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict, hash=False)
+    assertions: tuple[Assertion, ...] = ()
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -61,6 +69,8 @@ class CompletionExample:
     line: int
     prompt: str
     completion: str
+    metadata: Mapping[str, str] = field(default_factory=dict, hash=False)
+    assertions: tuple[Assertion, ...] = ()
 
     @property
     def answer(self) -> str:
@@ -217,11 +227,12 @@ def parse_example(line: int, raw: bytes) -> Example:
     if _PREFERENCE_KEYS & value.keys():
         raise ValueError("a pair of answers, which the method 'dpo' learns from; 'supervised' takes 'messages'")
     if "messages" in value:
-        _refuse_unknown(value, {"messages"}, "")
-        return ChatExample(line, _messages(value["messages"]))
+        _refuse_unknown(value, {"messages"} | _SIDE_KEYS, "")
+        return ChatExample(line, _messages(value["messages"]), _metadata(value), _assertions(value))
     if "prompt" in value or "completion" in value:
-        _refuse_unknown(value, {"prompt", "completion"}, "")
-        return CompletionExample(line, _text(value, "prompt", ""), _text(value, "completion", ""))
+        _refuse_unknown(value, {"prompt", "completion"} | _SIDE_KEYS, "")
+        texts = _text(value, "prompt", ""), _text(value, "completion", "")
+        return CompletionExample(line, *texts, _metadata(value), _assertions(value))
     raise ValueError("must have 'messages', or 'prompt' and 'completion'")
 
 
@@ -275,6 +286,25 @@ def _json_object(raw: bytes, needed: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"must be a JSON object {needed}")
     return value
+
+
+def _metadata(value: dict[str, Any]) -> dict[str, str]:
+    pairs = value.get("metadata", {})
+    if not isinstance(pairs, dict) or not all(isinstance(text, str) for text in pairs.values()):
+        raise ValueError("'metadata' must be an object whose values are strings")
+    if len(pairs) > MAX_METADATA_FIELDS:
+        raise ValueError(f"'metadata' has {len(pairs)} fields, at most {MAX_METADATA_FIELDS} are allowed")
+    for name, text in pairs.items():
+        if not name or max(len(name), len(text)) > MAX_METADATA_CHARACTERS:
+            raise ValueError(
+                f"'metadata': {name[:40]!r} is too long: names have 1 to {MAX_METADATA_CHARACTERS} characters,"
+                " values at most as many"
+            )
+    return pairs
+
+
+def _assertions(value: dict[str, Any]) -> tuple[Assertion, ...]:
+    return parse_assertions(value["assertions"], "assertions") if "assertions" in value else ()
 
 
 def _messages(value: Any) -> tuple[Message, ...]:

@@ -1,24 +1,31 @@
-"""A candidate adapter against the base alone and against the base with examples in the prompt, on held-out data.
+"""A candidate adapter against the base alone, the base with examples in the prompt, and what answers now.
 
-Who generates is the caller's business: the service passes its engine, so evaluation shares the batch with live
-requests. Knows no job and no engine.
+All answer the same held-out examples, greedily. Who generates is the caller's business: the service passes its engine,
+so evaluation shares the batch with live requests. Knows no job and no engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from math import exp
-from typing import Any, Protocol
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
+import numpy as np
+
+from adapters.assertions import Assertion
 from adapters.corpus import Codec, build_corpus, render_prompt
 from adapters.dataset import ChatExample, CompletionExample, Example
+from adapters.evaluation_report import ACTIVE, BASE, CANDIDATE, FEW_SHOT, EvaluationReport, Performance, make_report
 from adapters.lora import Routing
 from adapters.packed_loss import PackedLoss
+from adapters.scoring import TaskKind, task_kind
 
-MAX_SHOTS = 8
-MAX_SAMPLES = 5
 MAX_ANSWER_TOKENS = 256
+MIN_ASSERTED_TOKENS = 64
+"""Where assertions look at the answers, these may be at least so long: a cut answer would pass a `max_length`."""
+ROUND = 32
+"""Examples that everybody answers before the clock is asked whether there is time for more."""
 
 
 class Generate(Protocol):
@@ -28,103 +35,134 @@ class Generate(Protocol):
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """`exact_match`: share of greedy answers equal up to white space. `loss`: nats per token of the answers."""
+class Entrant:
+    """An adapter as `generate` calls it, and how the loss reaches it."""
 
-    exact_match: float
-    loss: float
-
-    @property
-    def perplexity(self) -> float:
-        return exp(min(self.loss, 700.0))
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One held-out example with everybody's answer."""
-
-    line: int
-    expected: str
-    base: str
-    few_shot: str
     adapter: str
+    route: Routing
 
 
 @dataclass(frozen=True)
-class EvaluationReport:
-    num_examples: int
-    num_shots: int
-    base: Contestant
-    few_shot: Contestant
-    adapter: Contestant
-    samples: tuple[Sample, ...]
+class EvaluationOptions:
+    """`task` None: told by the expected answers. `max_seconds` bounds the whole, to a round."""
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        contestants = {
-            name: {**asdict(contestant), "perplexity": contestant.perplexity}
-            for name, contestant in (("base", self.base), ("few_shot", self.few_shot), ("adapter", self.adapter))
-        }
-        samples = [asdict(sample) for sample in self.samples]
-        return {"num_examples": self.num_examples, "num_shots": self.num_shots, **contestants, "samples": samples}
+    max_examples: int = 200
+    max_seconds: float = 180.0
+    num_shots: int = 8
+    task: TaskKind | None = None
+    assertions: tuple[Assertion, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Contestant:
+    """Who answers what: `examples` are the same for all, but may stand behind shots."""
+
+    examples: Sequence[Example]
+    entrant: Entrant | None
 
 
 class Evaluation:
     """Everything an evaluation needs of its surroundings."""
 
-    def __init__(self, codec: Codec, loss: PackedLoss, generate: Generate, max_model_len: int) -> None:
+    def __init__(
+        self,
+        codec: Codec,
+        loss: PackedLoss,
+        generate: Generate,
+        max_model_len: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.codec = codec
         self.loss = loss
         self.generate = generate
         self.max_model_len = max_model_len
+        self._clock = clock
 
     def compare(
         self,
         held_out: Sequence[Example],
-        shots: Sequence[Example],
+        training: Sequence[Example],
         *,
-        adapter: str,
-        route: Routing,
+        candidate: Entrant,
+        active: Entrant | None = None,
+        options: EvaluationOptions,
         between_packs: Callable[[], None] = lambda: None,
     ) -> EvaluationReport | None:
-        """Let all three answer the held-out examples.
+        """Let everybody answer the held-out examples.
 
-        `adapter` is what `generate` calls the candidate, `route` how the loss reaches it. As many `shots` as fit
-        into the model's length stand before each prompt. None when no held-out example leaves room for an answer.
+        `training` is a sample of the training examples: it tells the kind of task, and as many of them as fit into the
+        model's length (at most `num_shots`, different answers first) stand before each prompt of the few-shot
+        contestant. None when no held-out example leaves room for an answer.
         """
-        max_tokens = self._max_answer_tokens(held_out)
-        held_out = [example for example in held_out if self._fits(example, max_tokens)]
-        if not held_out:
+        examples = _shuffled(held_out, options.seed)[: options.max_examples]
+        checked = bool(options.assertions) or any(example.assertions for example in examples)
+        max_tokens = self._max_answer_tokens(examples, checked)
+        fitting = [example for example in examples if self._fits(example, max_tokens)]
+        if not fitting:
             return None
-        num_shots, prompted = self._with_shots(held_out, list(shots[:MAX_SHOTS]), max_tokens)
-        answers = {}
-        contestants = {}
-        for name, examples, who, way in (
-            ("base", held_out, None, None),
-            ("few_shot", prompted, None, None),
-            ("adapter", held_out, adapter, route),
-        ):
-            answers[name] = self._answers(examples, who, max_tokens)
-            between_packs()
-            corpus = build_corpus(map(last_answer_only, examples), self.codec, max_length=self.max_model_len)
-            score = self.loss.score(corpus, way, between_packs)
-            contestants[name] = Contestant(_exact_match(answers[name], held_out), score.loss)
-        samples = tuple(
-            Sample(example.line, example.answer, **{name: answers[name][index] for name in answers})
-            for index, example in enumerate(held_out[:MAX_SAMPLES])
+        alike = [shot for shot in _shuffled(training, options.seed) if type(shot) is type(fitting[0])]
+        num_shots, prompted = self._with_shots(fitting, choose_shots(alike, options.num_shots), max_tokens)
+        contestants = {
+            BASE: _Contestant(fitting, None),
+            FEW_SHOT: _Contestant(prompted, None),
+            CANDIDATE: _Contestant(fitting, candidate),
+        }
+        if active is not None:
+            contestants[ACTIVE] = _Contestant(fitting, active)
+        performances = self._in_rounds(contestants, len(fitting), max_tokens, options.max_seconds, between_packs)
+        num_done = len(performances[CANDIDATE].answers)
+        return make_report(
+            fitting[:num_done],
+            performances,
+            options.task or task_kind([example.answer for example in (*training, *fitting)]),
+            assertions=options.assertions,
+            seed=options.seed,
+            num_left_out=len(examples) - num_done,
+            num_shots=num_shots,
         )
-        return EvaluationReport(len(held_out), num_shots, **contestants, samples=samples)
 
-    def _answers(self, examples: Sequence[Example], adapter: str | None, max_tokens: int) -> list[str]:
+    def _in_rounds(
+        self,
+        contestants: dict[str, _Contestant],
+        num_examples: int,
+        max_tokens: int,
+        max_seconds: float,
+        between_packs: Callable[[], None],
+    ) -> dict[str, Performance]:
+        """Rounds of a few examples, all contestants in each, until all are done or another would take too long."""
+        started = self._clock()
+        rounds: dict[str, list[Performance]] = {name: [] for name in contestants}
+        for start in range(0, num_examples, ROUND):
+            for name, contestant in contestants.items():
+                part = contestant.examples[start : start + ROUND]
+                rounds[name].append(self._perform(part, contestant.entrant, max_tokens, between_packs))
+            spent = self._clock() - started
+            if spent + spent / len(rounds[CANDIDATE]) > max_seconds:
+                break
+        return {name: _joined(parts) for name, parts in rounds.items()}
+
+    def _perform(
+        self,
+        examples: Sequence[Example],
+        entrant: Entrant | None,
+        max_tokens: int,
+        between_packs: Callable[[], None],
+    ) -> Performance:
         prompts = [render_prompt(example, self.codec) for example in examples]
-        outputs = self.generate(prompts, adapter, max_tokens)
-        return [self.codec.tokenizer.decode(output, skip_special_tokens=True).strip() for output in outputs]
+        outputs = self.generate(prompts, entrant.adapter if entrant else None, max_tokens)
+        decode = self.codec.tokenizer.decode
+        answers = tuple(decode(output, skip_special_tokens=True).strip() for output in outputs)
+        between_packs()
+        corpus = build_corpus(map(last_answer_only, examples), self.codec, max_length=self.max_model_len)
+        nats, counts = self.loss.per_sequence(corpus, entrant.route if entrant else None, between_packs)
+        return Performance(answers, np.array(nats), np.array(counts, dtype=np.float64))
 
-    def _max_answer_tokens(self, examples: Sequence[Example]) -> int:
+    def _max_answer_tokens(self, examples: Sequence[Example], checked: bool) -> int:
         """A little more than the longest expected answer: what is longer cannot match it."""
         encode = self.codec.tokenizer.encode
-        longest = max(len(encode(example.answer, add_special_tokens=False)) for example in examples)
-        return min(longest + 4, MAX_ANSWER_TOKENS)
+        longest = max((len(encode(example.answer, add_special_tokens=False)) for example in examples), default=0)
+        return min(max(longest + 4, MIN_ASSERTED_TOKENS if checked else 0), MAX_ANSWER_TOKENS)
 
     def _fits(self, example: Example, max_tokens: int) -> bool:
         return len(render_prompt(example, self.codec)) + max_tokens <= self.max_model_len
@@ -139,6 +177,17 @@ class Evaluation:
                 return len(shots), prompted
             shots.pop()
         return 0, list(examples)
+
+
+def choose_shots(training: Sequence[Example], count: int) -> list[Example]:
+    """Examples with different answers as long as there are any: eight times the same label would teach one label."""
+    seen: set[str] = set()
+    new: list[Example] = []
+    repeated: list[Example] = []
+    for example in training:
+        (repeated if example.answer in seen else new).append(example)
+        seen.add(example.answer)
+    return (new + repeated)[:count]
 
 
 def with_shots(example: Example, shots: Sequence[Example]) -> Example:
@@ -165,6 +214,14 @@ def last_answer_only(example: Example) -> Example:
     return replace(example, messages=(*context, example.messages[len(context)]))
 
 
-def _exact_match(answers: Sequence[str], examples: Sequence[Example]) -> float:
-    pairs: Iterator[tuple[str, Example]] = zip(answers, examples, strict=True)
-    return sum(answer.split() == example.answer.split() for answer, example in pairs) / len(examples)
+def _shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
+    """By seed: when time runs out, what was evaluated shall be no beginning of a sorted file."""
+    return [examples[index] for index in np.random.default_rng(seed).permutation(len(examples))]
+
+
+def _joined(parts: Sequence[Performance]) -> Performance:
+    return Performance(
+        tuple(answer for part in parts for answer in part.answers),
+        np.concatenate([part.nats for part in parts]),
+        np.concatenate([part.num_tokens for part in parts]),
+    )

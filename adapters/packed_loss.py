@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from adapters.corpus import Corpus
 from adapters.lora import Routing
@@ -38,6 +39,22 @@ class PackedLoss:
         """Summed loss and number of right guesses over the learned tokens of one pack, both scalars."""
         sums = Supervised(corpus, self.forward)(pack, {"loss": 1}, route).sums
         return sums["loss"], sums["accuracy"]
+
+    @torch.no_grad()
+    def per_sequence(
+        self, corpus: Corpus, route: Routing | None, between_packs: Callable[[], None] = lambda: None
+    ) -> tuple[list[float], list[int]]:
+        """Of each sequence of a corpus: the summed loss, and of how many learned tokens it is the sum."""
+        nats, counts = [0.0] * len(corpus), [0] * len(corpus)
+        for pack in self.forward.packs(corpus.lengths.tolist()):
+            rows = [corpus.sequence(index) for index in pack]
+            logits, labels = self.forward(rows, route)
+            losses = functional.cross_entropy(logits.float(), labels, reduction="none").double()
+            sizes = [int(learned[1:].sum()) for _, learned in rows]
+            for index, size, part in zip(pack, sizes, torch.split(losses, sizes), strict=True):
+                nats[index], counts[index] = float(part.sum()), size
+            between_packs()
+        return nats, counts
 
     def score(self, corpus: Corpus, route: Routing | None, between_packs: Callable[[], None] = lambda: None) -> Score:
         """Over all sequences of a corpus, without gradients."""

@@ -202,13 +202,14 @@ def insert_file(connection: Connection, staged: StagedFile, *, expires_after_sec
 def require_training_file(connection: Connection, tenant_id: str, file_id: str, *, param: str) -> None:
     """Raises InvalidRequestError naming `param` unless the tenant has this file, uploaded to fine-tune."""
     row = connection.execute(_visible(tenant_id).where(files.c.id == file_id)).one_or_none()
+    code = f"invalid_{param.replace('.', '_')}"
     if row is None:
-        raise InvalidRequestError(f"There is no file '{file_id}'.", param=param, code=f"invalid_{param}")
+        raise InvalidRequestError(f"There is no file '{file_id}'.", param=param, code=code)
     if row.purpose != FilePurpose.FINE_TUNE:
         raise InvalidRequestError(
             f"File '{file_id}' has purpose '{row.purpose}': upload it with purpose 'fine-tune'.",
             param=param,
-            code=f"invalid_{param}",
+            code=code,
         )
 
 
@@ -222,7 +223,8 @@ def _alive() -> sa.ColumnElement[bool]:
 
 
 def _used_by_unfinished(file_id: str | sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
-    uses = sa.or_(jobs.c.training_file == file_id, jobs.c.validation_file == file_id)
+    columns = (jobs.c.training_file, jobs.c.validation_file, jobs.c.evaluation_file)
+    uses = sa.or_(*(column == file_id for column in columns))
     return sa.and_(uses, jobs.c.state.in_(("queued", "running")))
 
 

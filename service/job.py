@@ -7,6 +7,10 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
+from adapters.assertions import Assertion
+from adapters.gate import GatePolicy, GateVerdict
+from adapters.scoring import TaskKind
+
 Auto = Literal["auto"]
 
 
@@ -101,11 +105,44 @@ class Hyperparameters:
 
 
 @dataclass(frozen=True)
+class EvaluationSpec:
+    """How the candidate is compared before publication. `file` replaces the held-out examples; `task` None: told by
+    the expected answers; `max_seconds` bounds the comparison, not the training."""
+
+    file: str | None = None
+    max_examples: int = 200
+    max_seconds: float = 180.0
+    num_shots: int = 8
+    task: TaskKind | None = None
+    assertions: tuple[Assertion, ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EvaluationSpec:
+        task = values.get("task")
+        return cls(
+            **{
+                **values,
+                "task": None if task is None else TaskKind(task),
+                "assertions": tuple(Assertion(**assertion) for assertion in values.get("assertions", ())),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class GateDecision:
+    """What the gate said, and which model of the alias the candidate was compared with (None: there was none)."""
+
+    verdict: GateVerdict
+    compared_with: str | None
+
+
+@dataclass(frozen=True)
 class JobSpec:
     """What was asked for. `model` is the id as requested; `parent_digest` the adapter it resolved to, if any.
 
-    `alias` (an extension) names the alias that moves to the new version in the transaction that succeeds; `strict`
-    (another) stops the job when the data report has errors.
+    `alias` (an extension) names the alias that moves to the new version in the transaction that succeeds, if it passes
+    `gate`: the tenant's policy when the job was made, with what the job asked for otherwise. `strict` (another) stops
+    the job when the data report has errors.
     """
 
     model: str
@@ -121,6 +158,8 @@ class JobSpec:
     metadata: Mapping[str, str] | None = None
     alias: str | None = None
     strict: bool = False
+    evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
+    gate: GatePolicy = field(default_factory=GatePolicy)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -133,6 +172,8 @@ class JobSpec:
                 "method": Method(values["method"]),
                 "preset": Preset(values["preset"]),
                 "hyperparameters": Hyperparameters.from_dict(values["hyperparameters"]),
+                "evaluation": EvaluationSpec.from_dict(values.get("evaluation", {})),
+                "gate": GatePolicy.from_dict(values.get("gate", {})),
             }
         )
 

@@ -14,15 +14,16 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from service.aliases import MoveKind, move_alias
+from service.aliases import active_model
 from service.database import Database, lock_tenant, new_id
 from service.errors import NotFoundError
 from service.files import StagedFile, insert_file
-from service.job import Claim, Directive, EventLevel, EventType, JobStatus
+from service.job import Claim, Directive, EventLevel, EventType, GateDecision, JobStatus
 from service.job_rows import ending, insert_event, job_of, select_jobs
 from service.jobs import JobObserver
+from service.promotion import promote
 from service.tables import adapter_versions, epoch_now, jobs
-from service.versions import AdapterVersion, insert_version
+from service.versions import AdapterVersion, find_version, insert_version
 
 
 class FencedWriteError(Exception):
@@ -163,9 +164,11 @@ class JobQueue:
         metrics: Mapping[str, Any],
         trained_tokens: int,
         result_files: Sequence[StagedFile] = (),
+        gate: GateDecision | None = None,
     ) -> str:
         """ONE transaction: result files, adapter version, the alias the spec names, and the job row.
 
+        The alias moves unless `gate` is against it; what came of it joins `metrics["evaluation"]["gate"]`.
         Returns the fine-tuned model's id (`claim.job.model_id`). `digest` is durable in the store already.
         """
         job, model_id = claim.job, claim.job.model_id
@@ -179,13 +182,23 @@ class JobQueue:
         with self._fenced(claim, locks_tenant=True, **ended) as (connection, _):
             for file in result_files:
                 insert_file(connection, file)
+            decided = promote(connection, job, model_id, gate)
+            if decided is not None:
+                metrics = {**metrics, "evaluation": {**(metrics.get("evaluation") or {}), "gate": decided}}
             insert_version(connection, _version(claim, model_id, digest, base_fingerprint, metrics, None))
-            if job.spec.alias is not None:
-                move_alias(connection, job.tenant_id, job.spec.alias, model_id, MoveKind.PUBLISHED)
             insert_event(connection, job.id, f"New fine-tuned model created: {model_id}")
             insert_event(connection, job.id, "The job has successfully completed")
         self._report(JobStatus.SUCCEEDED)
         return model_id
+
+    def active_version(self, claim: Claim) -> AdapterVersion | None:
+        """What the alias that the job names points at now."""
+        job = claim.job
+        if job.spec.alias is None:
+            return None
+        with self._database.read() as connection:
+            model = active_model(connection, job.tenant_id, job.spec.alias)
+            return None if model is None else find_version(connection, job.tenant_id, model)
 
     def max_lease_age_seconds(self) -> float:
         """Seconds since the stalest running job's last heartbeat; 0 when none runs."""

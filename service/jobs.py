@@ -17,6 +17,7 @@ from service.aliases import check_alias_name
 from service.database import Database, Page, lock_tenant, new_id, page_of
 from service.errors import ConflictError, InvalidRequestError, NotFoundError
 from service.files import require_training_file
+from service.gate_policies import GatePolicies
 from service.job import Checkpoint, Event, Job, JobSpec, JobStatus
 from service.job_rows import UNFINISHED, checkpoint_of, ending, event_of, insert_event, job_of, select_jobs
 from service.tables import adapter_versions, epoch_now, job_events, job_metadata, jobs
@@ -57,6 +58,7 @@ class Jobs:
     def __init__(self, database: Database, observer: JobObserver | None = None) -> None:
         self._database = database
         self._observer = observer
+        self.gate_policies = GatePolicies(database)
 
     def create(self, tenant_id: str, spec: JobSpec, idempotency: Idempotency) -> Job:
         """Queue a job, or answer the one that an earlier sending of this very request queued.
@@ -189,6 +191,8 @@ def _require_files(connection: Connection, tenant_id: str, spec: JobSpec) -> Non
     require_training_file(connection, tenant_id, spec.training_file, param="training_file")
     if spec.validation_file is not None:
         require_training_file(connection, tenant_id, spec.validation_file, param="validation_file")
+    if spec.evaluation.file is not None:
+        require_training_file(connection, tenant_id, spec.evaluation.file, param="evaluation.file")
 
 
 def _insert(connection: Connection, tenant_id: str, spec: JobSpec, idempotency: Idempotency) -> str:
@@ -200,6 +204,7 @@ def _insert(connection: Connection, tenant_id: str, spec: JobSpec, idempotency: 
             spec=spec.as_dict(),
             training_file=spec.training_file,
             validation_file=spec.validation_file,
+            evaluation_file=spec.evaluation.file,
             parent_digest=spec.parent_digest,
             state=JobStatus.QUEUED,
             created_at=epoch_now(),

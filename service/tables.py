@@ -62,6 +62,7 @@ jobs = Table(
     Column("spec", sa.JSON, nullable=False),
     Column("training_file", String(64), nullable=False),
     Column("validation_file", String(64)),
+    Column("evaluation_file", String(64)),
     Column("parent_digest", String(64)),
     Column("state", String(16), nullable=False),
     Column("files_validated", Boolean, nullable=False, default=False),
@@ -246,6 +247,16 @@ tenant_settings = Table(
     Column("capture", Boolean, nullable=False, default=False),
 )
 """What a tenant has chosen; without a row, the defaults."""
+
+
+gate_policies = Table(
+    "gate_policies",
+    metadata,
+    _tenant_column(primary_key=True),
+    Column("policy", sa.JSON, nullable=False),
+    Column("updated_at", Float(53), nullable=False),
+)
+"""What each tenant's candidates must show; a tenant without a row has the default policy."""
 
 
 class epoch_now(FunctionElement[float]):

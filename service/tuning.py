@@ -19,15 +19,14 @@ from typing import Any, Protocol
 import torch
 
 from adapters.errors import AdapterError, StoreError
-from adapters.evaluation import MAX_SHOTS, Evaluation, EvaluationReport
 from adapters.packed_loss import Score
 from adapters.peft_format import LoraWeights, read_adapter, write_adapter
 from adapters.rate_probe import RateProbe
 from adapters.recipe import TrainConfig, num_steps
 from adapters.store import AdapterStore
-from adapters.trainable import TrainableLora, TrainRouting
+from adapters.trainable import TrainableLora
 from adapters.trainer import Trainer
-from service.background_generation import BackgroundGeneration, Submitting
+from service.background_generation import Submitting
 from service.engine.base_model import BaseModel
 from service.engine.errors import EngineError
 from service.errors import ServiceError
@@ -38,21 +37,14 @@ from service.job_queue import FencedWriteError, JobCancelledError, JobQueue
 from service.job_report import report_events, report_on, strict_error
 from service.resume_points import ResumePoints
 from service.tuning_data import JobFiles, TuningData
+from service.tuning_evaluation import Evaluated, TuningEvaluation
 from service.tuning_plan import TuningPlan, make_plan
-from service.tuning_report import (
-    evaluation_message,
-    probe_message,
-    score_metrics,
-    step_message,
-    step_metrics,
-    step_metrics_csv,
-)
+from service.tuning_report import probe_message, score_metrics, step_message, step_metrics, step_metrics_csv
 
 logger = logging.getLogger(__name__)
 
 MAX_METRICS_EVENTS = 500
 MAX_CHECKPOINTS = 10
-NUM_EVALUATED = 32
 
 
 class Outcome(StrEnum):
@@ -130,8 +122,10 @@ class TuningRun:
         trainer = self._make_trainer(data)
         self._train(trainer)
         digest = self._publish(trainer.best_weights())
-        report = self._evaluate(trainer, files, data, digest)
-        self._succeed(trainer, digest, report)
+        evaluated = TuningEvaluation(self._services, self._claim, self._check, self._say).run(
+            trainer, files, data, digest
+        )
+        self._succeed(trainer, digest, evaluated)
 
     # -- the phases -------------------------------------------------------------------------------------------
 
@@ -247,35 +241,19 @@ class TuningRun:
             write_adapter(Path(directory), weights, base_name=base.name, base=base.signature)
             return self._services.store.publish(Path(directory))
 
-    def _evaluate(self, trainer: Trainer, files: JobFiles, data: TuningData, digest: str) -> EvaluationReport | None:
-        """Compare base, few-shot prompt and adapter. The job does not fail when only this cannot be done."""
-        base = self._services.base
-        trainer.adapter.load(trainer.best_weights().modules)
-        generate = BackgroundGeneration(self._services.engine, self._job.tenant_id, self._check)
-        try:
-            report = Evaluation(base, trainer.loss, generate, base.max_model_len).compare(
-                files.held_out(data, NUM_EVALUATED),
-                files.shots(data, MAX_SHOTS),
-                adapter=digest,
-                route=TrainRouting(trainer.adapter, training=False),
-                between_packs=self._check,
-            )
-        except (AdapterError, EngineError) as error:
-            self._say(f"The model could not be evaluated: {error.message}", EventLevel.WARN)
-            return None
-        if report is not None:
-            self._say(evaluation_message(report), data=report.as_dict())
-        return report
-
-    def _succeed(self, trainer: Trainer, digest: str, report: EvaluationReport | None) -> None:
+    def _succeed(self, trainer: Trainer, digest: str, evaluated: Evaluated) -> None:
         services = self._services
-        table = services.files.stage(
-            self._job.tenant_id, "step_metrics.csv", FilePurpose.FINE_TUNE_RESULTS, [step_metrics_csv(trainer)]
-        )
+        contents = {"step_metrics.csv": step_metrics_csv(trainer)}
+        if evaluated.report is not None:
+            contents["evaluation.jsonl"] = evaluated.report.table()
+        tables = [
+            services.files.stage(self._job.tenant_id, name, FilePurpose.FINE_TUNE_RESULTS, [content])
+            for name, content in contents.items()
+        ]
         metrics = {
             **score_metrics(trainer.scores[trainer.best_step] if trainer.best_step else None),
             "best_step": trainer.best_step,
-            "evaluation": report.as_dict() if report else None,
+            "evaluation": evaluated.as_dict(),
         }
         try:
             services.queue.succeed(
@@ -284,10 +262,11 @@ class TuningRun:
                 base_fingerprint=services.base.fingerprint,
                 metrics=metrics,
                 trained_tokens=trainer.trained_tokens,
-                result_files=[table],
+                result_files=tables,
+                gate=evaluated.decision,
             )
         except FencedWriteError:
-            services.files.discard([table.storage_key])
+            services.files.discard([table.storage_key for table in tables])
             raise
         logger.info("tuning.succeeded", extra={**self._ids(), "digest": digest, "steps": trainer.steps_done})
 

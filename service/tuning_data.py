@@ -5,6 +5,7 @@ Knows the files and the tokenizer, not the trainer.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from service.files import Files
 from service.job import Job, Method
 
 MAX_TRAIN_LENGTH = 8192
+EVALUATION_PARAM = "evaluation.file"
 BREATH_SECONDS = 1e-4
 """Tokenizing is pure Python: between two examples, threads that wait for the interpreter get it."""
 
@@ -74,6 +76,8 @@ class JobFiles:
     def load(self) -> TuningData:
         """Raises DatasetError about a file that cannot be trained on."""
         spec = self._job.spec
+        if spec.evaluation.file is not None:
+            self._evaluation_examples(spec.evaluation.file, 0)  # a mistake in it shall not show after the training
         corpus = self._corpus(spec.training_file, MIN_EXAMPLES, "training_file")
         if spec.validation_file is None:
             train, valid = split_validation(corpus, seed=spec.seed)
@@ -85,13 +89,30 @@ class JobFiles:
         sequences = (chosen[:, None] * size + torch.arange(size)).flatten()
         return TuningData(corpus, valid.subset(sequences), num_valid - len(chosen), self._paired)
 
-    def held_out(self, data: TuningData, count: int) -> list[Example]:
-        """Validation examples to compare models on, chosen by seed; of pairs, the preferred answers."""
-        return self._examples(self._job.spec.validation_file or self._job.spec.training_file, data.valid, count)
+    def evaluated(self, data: TuningData, count: int) -> list[Example]:
+        """Examples to compare models on, chosen by seed: of the evaluation file, or else of the validation examples
+        (of pairs, the preferred answers)."""
+        spec = self._job.spec
+        if spec.evaluation.file is not None:
+            return self._evaluation_examples(spec.evaluation.file, count)
+        return self._examples(spec.validation_file or spec.training_file, data.valid, count)
 
-    def shots(self, data: TuningData, count: int) -> list[Example]:
-        """Training examples for a few-shot prompt, chosen by seed."""
+    def trained(self, data: TuningData, count: int) -> list[Example]:
+        """Training examples, chosen by seed."""
         return self._examples(self._job.spec.training_file, data.train, count)
+
+    def _evaluation_examples(self, file_id: str, count: int) -> list[Example]:
+        """`count` of the file's examples, each equally likely (algorithm R); every line is checked."""
+        draw = random.Random(self._job.spec.seed)
+        kept: list[Example] = []
+        with self._files.open(self._job.tenant_id, file_id) as stream:
+            for index, example in enumerate(read_examples(stream, minimum=1, param=EVALUATION_PARAM)):
+                self._breathe()
+                if index < count:
+                    kept.append(example)
+                elif (place := draw.randint(0, index)) < count:
+                    kept[place] = example
+        return kept
 
     def _corpus(self, file_id: str, minimum: int, param: str) -> Corpus:
         with self._files.open(self._job.tenant_id, file_id) as stream:

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
-from adapters.evaluation import EvaluationReport
+from adapters.evaluation_report import ACTIVE, BASE, CANDIDATE, FEW_SHOT, EvaluationReport, Forgetting
 from adapters.packed_loss import Score
 from adapters.rate_probe import ProbeResult
 from adapters.trainer import StepResult, Trainer
+
+METRIC_NAMES = {"accuracy": "Accuracy", "exact_match": "Exact match", "chrf": "chrF"}
 
 
 def step_metrics(trainer: Trainer, result: StepResult, score: Score | None, *, whole: bool) -> dict[str, Any]:
@@ -70,13 +72,27 @@ def probe_message(result: ProbeResult) -> str:
 
 
 def evaluation_message(report: EvaluationReport) -> str:
-    contestants = (
-        ("base", report.base),
-        (f"{report.num_shots}-shot prompt", report.few_shot),
-        ("this model", report.adapter),
+    """The primary metric of everybody, with the 95 % interval of the new model."""
+    names = {
+        BASE: "base",
+        FEW_SHOT: f"{report.num_shots}-shot prompt",
+        ACTIVE: "active version",
+        CANDIDATE: "this model",
+    }
+    found = {name: report.scores[name][report.primary] for name in names if name in report.scores}
+    told = ", ".join(f"{names[name]} {estimate.value:.0%}" for name, estimate in found.items())
+    metric = METRIC_NAMES.get(report.primary, report.primary)
+    mine = found[CANDIDATE]
+    return (
+        f"{metric} on {report.num_examples} held-out examples: {told} (95 % interval {mine.low:.0%} to {mine.high:.0%})"
     )
-    matches = ", ".join(f"{name} {contestant.exact_match:.0%}" for name, contestant in contestants)
-    return f"Exact match on {report.num_examples} held-out examples: {matches}"
+
+
+def forgetting_message(found: Forgetting) -> str:
+    return (
+        f"Forgetting: perplexity on general text is x {found.ratio:.2f} ({found.low:.2f} to {found.high:.2f}) of the"
+        f" base's {found.base_perplexity:.1f}"
+    )
 
 
 def step_metrics_csv(trainer: Trainer) -> bytes:

@@ -11,11 +11,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Request
 
 from service.api.auth import TenantDep
+from service.api.evaluation_schemas import requested_gate
 from service.api.fine_tuning_schemas import MAX_SEED, JobRequest
 from service.api.pages import After, Limit, list_body, only_query
 from service.api.services import Services, ServicesDep
 from service.errors import InvalidRequestError, NotFoundError
-from service.job import Checkpoint, Event, Hyperparameters, Job, JobSpec, Method, Preset
+from service.job import Checkpoint, EvaluationSpec, Event, Hyperparameters, Job, JobSpec, Method, Preset
 from service.jobs import Idempotency
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
@@ -100,8 +101,22 @@ def get_data_report(job_id: str, tenant: TenantDep, services: ServicesDep) -> di
     return {"object": "fine_tuning.job.report", "job_id": job_id, **report}
 
 
+@router.get("/{job_id}/evaluation", dependencies=[Depends(only_query())])
+def get_evaluation(job_id: str, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
+    """What the comparison before publication found, and what the gate made of it."""
+    job = services.jobs.get(tenant.id, job_id)
+    if job.fine_tuned_model is None:
+        raise NotFoundError(
+            f"Job '{job_id}' is {job.status}: there is an evaluation when it has succeeded.",
+            param="job_id",
+            code="evaluation_not_found",
+        )
+    report = services.registry.version(tenant.id, job.fine_tuned_model).metrics.get("evaluation") or {}
+    return {"object": "fine_tuning.job.evaluation", "job": job.id, "model": job.fine_tuned_model, **report}
+
+
 def job_body(job: Job) -> dict[str, Any]:
-    """OpenAI's job, with `paused`, `preset`, `alias` and `strict` beside it."""
+    """OpenAI's job, with `paused`, `preset`, `alias`, `strict`, `evaluation` and `gate` beside it."""
     hyperparameters = {**job.spec.hyperparameters.as_dict(), **(job.resolved or {})}
     del hyperparameters["kl_to_base" if job.spec.method is Method.DPO else "beta"]
     return {
@@ -129,7 +144,15 @@ def job_body(job: Job) -> dict[str, Any]:
         "metadata": None if job.spec.metadata is None else dict(job.spec.metadata),
         "alias": job.spec.alias,
         "strict": job.spec.strict,
+        "evaluation": evaluation_body(job.spec.evaluation),
+        "gate": job.spec.gate.as_dict(),
     }
+
+
+def evaluation_body(spec: EvaluationSpec) -> dict[str, Any]:
+    """The options as they were asked for, defaults filled in."""
+    assertions = [assertion.as_dict() for assertion in spec.assertions]
+    return {**spec.__dict__, "task": spec.task or "auto", "assertions": assertions}
 
 
 def event_body(event: Event) -> dict[str, Any]:
@@ -175,6 +198,8 @@ def _spec(body: JobRequest, tenant_id: str, services: Services) -> JobSpec:
         metadata=body.metadata,
         alias=body.alias,
         strict=bool(body.strict),
+        evaluation=EvaluationSpec() if body.evaluation is None else body.evaluation.requested,
+        gate=requested_gate(body.gate, services.jobs.gate_policies.get(tenant_id)),
     )
 
 

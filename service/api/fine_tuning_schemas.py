@@ -1,7 +1,7 @@
 """What `POST /v1/fine_tuning/jobs` may say, and the bounds of it. Knows no table and no trainer.
 
-The hyperparameters after OpenAI's three, `alias` and `strict` are extensions; the official client sends them as plain
-dictionary entries and through `extra_body`.
+The hyperparameters after OpenAI's three, `preset`, `alias`, `strict`, `evaluation` and `gate` are extensions; the
+official client sends them as plain dictionary entries and through `extra_body`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, 
 
 from adapters.peft_format import WHY_NO_DORA
 from service import job
+from service.api.evaluation_schemas import EvaluationRequest, GateOrOff
 from service.api.wire import WireModel, field_error
 
 MAX_SEED = 2**31 - 1
@@ -154,6 +155,8 @@ class JobRequest(WireModel):
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA_PAIRS)] | None = None
     alias: str | None = None
     strict: bool | None = None
+    evaluation: EvaluationRequest | None = None
+    gate: GateOrOff | None = None
 
     unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {"integrations": ([],)}
 

@@ -17,6 +17,7 @@ from service.api import (
     feedback,
     files,
     fine_tuning,
+    gate_policy,
     models,
     settings,
 )
@@ -33,6 +34,7 @@ ROUTERS: Sequence[APIRouter] = tuple(
         adapters,
         aliases,
         canaries,
+        gate_policy,
         feedback,
         settings,
         admin,

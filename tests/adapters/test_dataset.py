@@ -65,6 +65,16 @@ def test_completion_examples_are_read() -> None:
     assert examples[0] == CompletionExample(1, "2+2=", " 4")
 
 
+def test_metadata_and_assertions_stand_beside_what_is_learned() -> None:
+    row = {**_chat(), "metadata": {"shop": "north"}, "assertions": [{"max_length": 9}]}
+    example = next(read_examples(_jsonl([row] * 10)))
+    assert example.metadata == {"shop": "north"}
+    assert [assertion.as_dict() for assertion in example.assertions] == [{"max_length": 9}]
+    completion = next(read_examples(_jsonl([{"prompt": "a", "completion": "b", "metadata": {"k": "v"}}] * 10)))
+    assert completion.metadata == {"k": "v"} and completion.assertions == ()
+    assert len({example, next(read_examples(_jsonl([row] * 10)))}) == 1
+
+
 def test_blank_lines_and_a_byte_order_mark_are_no_examples_but_count_as_lines() -> None:
     good = json.dumps(_chat()).encode()
     stream = io.BytesIO(b"\xef\xbb\xbf" + b"\n\n".join([good] * 10) + b"\n\n")
@@ -105,6 +115,13 @@ def test_a_last_line_without_a_newline_is_read() -> None:
         ({"prompt": "a", "completion": ""}, "'completion' is empty"),
         ({"prompt": 3, "completion": "b"}, "'prompt' must be a string"),
         ({"prompt": "a", "completion": "b", "id": 1}, "unknown key 'id'"),
+        ({**_chat(), "metadata": ["x"]}, "'metadata' must be an object whose values are strings"),
+        ({**_chat(), "metadata": {"n": 3}}, "'metadata' must be an object whose values are strings"),
+        ({**_chat(), "metadata": {f"k{n}": "v" for n in range(17)}}, "'metadata' has 17 fields, at most 16"),
+        ({**_chat(), "metadata": {"k": "v" * 257}}, "'metadata': 'k' is too long"),
+        ({**_chat(), "metadata": {"": "v"}}, "'metadata': '' is too long: names have 1 to 256"),
+        ({**_chat(), "assertions": {"contains": "x"}}, "assertions: must be a list"),
+        ({**_chat(), "assertions": [{"regex": "("}]}, "assertions[0].regex: is no pattern"),
         ({"prompt": "a", "completion": "b"}, "mixed in one file"),
         (b'{"prompt": "' + b"a" * MAX_LINE_BYTES + b'"}', "longer than 8 MiB"),
     ],

@@ -193,6 +193,20 @@ def test_null_and_auto_ask_for_the_default(served: Served) -> None:
         ({"training_file": None}, "training_file"),
         ({"training_file": "file-none"}, "training_file"),
         ({"alias": "a b"}, "alias"),
+        ({"evaluation": {"colour": 1}}, "evaluation.colour"),
+        ({"evaluation": {"max_examples": 0}}, "evaluation.max_examples"),
+        ({"evaluation": {"max_examples": 2001}}, "evaluation.max_examples"),
+        ({"evaluation": {"max_seconds": 0}}, "evaluation.max_seconds"),
+        ({"evaluation": {"num_shots": 33}}, "evaluation.num_shots"),
+        ({"evaluation": {"task": "poetry"}}, "evaluation.task"),
+        ({"evaluation": {"assertions": {"contains": "x"}}}, "evaluation.assertions"),
+        ({"evaluation": {"assertions": [{"contains": "x"}, {"regex": "("}]}}, "evaluation.assertions[1].regex"),
+        ({"evaluation": {"assertions": [{"json_schema": {"type": 1}}]}}, "evaluation.assertions[0].json_schema"),
+        ({"gate": "on"}, "gate"),
+        ({"gate": {"min_gain": 0}}, "gate.min_gain"),
+        ({"gate": {"max_p": 0}}, "gate.max_p"),
+        ({"gate": {"min_gain_over_base": 2}}, "gate.min_gain_over_base"),
+        ({"gate": {"few_examples": "maybe"}}, "gate.few_examples"),
         ({"model": 7}, "model"),
     ],
 )  # fmt: skip
@@ -369,3 +383,46 @@ def test_another_tenants_job_is_a_404(served: Served) -> None:
 def test_without_a_key_nothing_is_made(served: Served) -> None:
     response = httpx.post(f"{served.url}{JOBS}", json={"model": "tiny", "training_file": "x"})
     assert response.status_code == 401
+
+
+def test_an_evaluation_is_asked_for_and_shown(served: Served) -> None:
+    asked: Any = {
+        "file": served.control.upload(),
+        "max_examples": 50,
+        "num_shots": 0,
+        "task": "json",
+        "assertions": [{"json_schema": {"type": "object"}}, {"max_length": 90}],
+    }
+    job = _create(served, extra_body={"evaluation": asked})
+    assert job.to_dict()["evaluation"] == {**asked, "max_seconds": 180.0}
+    kept = served.control.jobs.get(served.control.acme.id, job.id).spec.evaluation
+    assert [assertion.holds("[]") for assertion in kept.assertions] == [False, True]
+
+
+def test_an_evaluation_file_of_another_tenant_is_a_400_and_one_in_use_stays(served: Served) -> None:
+    strange = served.control.upload(served.control.zenith)
+    file = served.control.upload()
+    refused = _refused(served, training_file=file, evaluation={"file": strange})
+    assert refused == ("evaluation.file", "invalid_evaluation_file")
+    _create(served, extra_body={"evaluation": {"file": file}})
+    with pytest.raises(openai.BadRequestError, match="is used by the fine-tuning job"):
+        served.client().files.delete(file)
+
+
+def test_an_evaluation_is_there_when_the_job_has_succeeded(served: Served) -> None:
+    job_id = _create(served).id
+    http = served.http()
+    missing = http.get(f"{JOBS}/{job_id}/evaluation")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "evaluation_not_found")
+    claim = served.control.claim()
+    model = served.control.queue.succeed(
+        claim,
+        digest="d" * 64,
+        base_fingerprint="fingerprint-of-tiny",
+        metrics={"evaluation": {"task": "labels"}},
+        trained_tokens=1,
+    )
+    found = http.get(f"{JOBS}/{job_id}/evaluation").json()
+    assert found == {"object": "fine_tuning.job.evaluation", "job": job_id, "model": model, "task": "labels"}
+    strange = served.http(served.control.zenith_key).get(f"{JOBS}/{job_id}/evaluation")
+    assert strange.status_code == 404

@@ -273,7 +273,7 @@ def test_success_is_all_or_nothing(control: Control, monkeypatch: pytest.MonkeyP
         raise RuntimeError("power cut")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr("service.job_queue.move_alias", crash)
+        patch.setattr("service.promotion.move_alias", crash)
         control.queue.succeed(
             claim, digest="d" * 64, base_fingerprint="f", metrics={}, trained_tokens=1, result_files=[staged]
         )

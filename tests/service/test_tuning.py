@@ -83,7 +83,7 @@ def test_events_tell_the_story_in_openais_words(workshop: Workshop) -> None:
         "Checkpoint created at step 5",
         "Step 15/15: training loss=",
         "Checkpoint created at step 15",
-        "Exact match on 4 held-out examples: base 0%",
+        "Accuracy on 4 held-out examples: base 0%",
         f"New fine-tuned model created: {workshop.job(job).fine_tuned_model}",
         "The job has successfully completed",
     ]
@@ -114,7 +114,7 @@ def test_metrics_events_carry_openais_names(workshop: Workshop) -> None:
 def test_the_result_file_is_openais_table_with_a_row_per_step(workshop: Workshop) -> None:
     job = workshop.submit()
     _run(workshop)
-    (file_id,) = workshop.job(job).result_files
+    file_id, _ = workshop.job(job).result_files
     file = workshop.control.files.get(workshop.control.acme.id, file_id)
     assert (file.filename, file.purpose) == ("step_metrics.csv", FilePurpose.FINE_TUNE_RESULTS)
     with workshop.control.files.open(workshop.control.acme.id, file_id) as stream:
