@@ -93,7 +93,8 @@ class Evaluation:
 
         `training` is a sample of the training examples: it tells the kind of task, and as many of them as fit into the
         model's length (at most `num_shots`, different answers first) stand before each prompt of the few-shot
-        contestant. None when no held-out example leaves room for an answer.
+        contestant. None when no held-out example leaves room for an answer. `between_packs` is called between
+        examples, too, where these are rendered or scored.
         """
         examples = _shuffled(held_out, options.seed)[: options.max_examples]
         checked = bool(options.assertions) or any(example.assertions for example in examples)
@@ -120,6 +121,7 @@ class Evaluation:
             seed=options.seed,
             num_left_out=len(examples) - num_done,
             num_shots=num_shots,
+            on_example=between_packs,
         )
 
     def _in_rounds(
@@ -149,7 +151,10 @@ class Evaluation:
         max_tokens: int,
         between_packs: Callable[[], None],
     ) -> Performance:
-        prompts = [render_prompt(example, self.codec) for example in examples]
+        prompts = []
+        for example in examples:
+            prompts.append(render_prompt(example, self.codec))
+            between_packs()
         outputs = self.generate(prompts, entrant.adapter if entrant else None, max_tokens)
         decode = self.codec.tokenizer.decode
         answers = tuple(decode(output, skip_special_tokens=True).strip() for output in outputs)

@@ -6,7 +6,7 @@ Everything is computed from each contestant's answers and losses on the same exa
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from typing import Any
@@ -18,7 +18,7 @@ from adapters.assertions import Assertion
 from adapters.dataset import CompletionExample, Example
 from adapters.scoring import PRIMARY, Metric, TaskKind, pass_rate, score_answers, token_loss
 from adapters.slices import Slice, find_slices
-from adapters.statistics import Comparison, Estimate, Resampling
+from adapters.statistics import Comparison, Estimate, Resampling, proportion
 
 CANDIDATE, BASE, FEW_SHOT, ACTIVE = "candidate", "base", "few_shot", "active"
 
@@ -122,16 +122,19 @@ def make_report(
     seed: int,
     num_left_out: int,
     num_shots: int,
+    on_example: Callable[[], None] = lambda: None,
 ) -> EvaluationReport:
-    """`performances` must hold CANDIDATE; everybody answered the same `examples`, of which there is at least one."""
+    """`performances` must hold CANDIDATE; everybody answered the same `examples`, of which there is at least one.
+
+    Scoring is pure Python: `on_example` lets the caller yield the interpreter, or stop.
+    """
     expected = [example.answer for example in examples]
     checks = [(*assertions, *example.assertions) for example in examples]
-    metrics = {name: _metrics(kind, expected, checks, performance) for name, performance in performances.items()}
-    resampling = Resampling(len(examples), seed)
-    scores = {
-        name: {metric.name: resampling.estimate(metric.rows, metric.finish) for metric in found}
-        for name, found in metrics.items()
+    metrics = {
+        name: _metrics(kind, expected, checks, performance, on_example) for name, performance in performances.items()
     }
+    resampling = Resampling(len(examples), seed)
+    scores = {name: {metric.name: _estimate(resampling, metric) for metric in found} for name, found in metrics.items()}
     comparisons = {
         name: {
             mine.name: _compare(resampling, mine, other) for mine, other in zip(metrics[CANDIDATE], found, strict=True)
@@ -169,15 +172,28 @@ def make_report(
 
 
 def _metrics(
-    kind: TaskKind, expected: Sequence[str], checks: Sequence[Sequence[Assertion]], performance: Performance
+    kind: TaskKind,
+    expected: Sequence[str],
+    checks: Sequence[Sequence[Assertion]],
+    performance: Performance,
+    on_example: Callable[[], None],
 ) -> list[Metric]:
-    found = score_answers(kind, performance.answers, expected)
+    found = score_answers(kind, performance.answers, expected, on_example)
     found += token_loss(performance.nats, performance.num_tokens)
     if any(checks):
-        answers = zip(performance.answers, checks, strict=True)
-        passed = np.array([all(check.holds(answer) for check in own) for answer, own in answers], dtype=np.float64)
-        found.append(pass_rate(passed, np.array([bool(own) for own in checks], dtype=np.float64)))
+        passed = []
+        for answer, own in zip(performance.answers, checks, strict=True):
+            passed.append(float(all(check.holds(answer) for check in own)))
+            on_example()
+        found.append(pass_rate(np.array(passed), np.array([float(bool(own)) for own in checks])))
     return found
+
+
+def _estimate(resampling: Resampling, metric: Metric) -> Estimate:
+    """Where all examples are right, or all wrong, every resample is the same: Wilson's interval claims less."""
+    if metric.values is not None and (all(metric.values == 0.0) or all(metric.values == 1.0)):
+        return proportion(metric.values)
+    return resampling.estimate(metric.rows, metric.finish)
 
 
 def _compare(resampling: Resampling, mine: Metric, other: Metric) -> Comparison:

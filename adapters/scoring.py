@@ -67,17 +67,19 @@ def plain(text: str) -> str:
     return " ".join(text.split())
 
 
-def score_answers(kind: TaskKind, answers: Sequence[str], expected: Sequence[str]) -> list[Metric]:
-    """The metrics of the kind, the primary one first."""
+def score_answers(
+    kind: TaskKind, answers: Sequence[str], expected: Sequence[str], on_example: Callable[[], None] = lambda: None
+) -> list[Metric]:
+    """The metrics of the kind, the primary one first. `on_example` is called after each example of what takes long."""
     if kind is TaskKind.LABELS:
         return [_mean("accuracy", _same(answers, expected, plain)), _macro_f1(answers, expected)]
     if kind is TaskKind.JSON:
         valid = np.array([_json(answer) is not _INVALID for answer in answers], dtype=np.float64)
         return [_mean("exact_match", _same(answers, expected, canonical)), _mean("valid_json", valid)]
     return [
-        _mean("chrf", _chrf(answers, expected)),
+        _mean("chrf", _chrf(answers, expected, on_example)),
         _mean("exact_match", _same(answers, expected, plain)),
-        _bleu(answers, expected),
+        _bleu(answers, expected, on_example),
         _mean("rouge_l", np.array([rouge_l(a, e) for a, e in zip(answers, expected, strict=True)])),
     ]
 
@@ -137,13 +139,16 @@ def _macro_f1(answers: Sequence[str], expected: Sequence[str]) -> Metric:
     return Metric("macro_f1", rows.reshape(len(expected), -1), finish)
 
 
-def _bleu(answers: Sequence[str], expected: Sequence[str]) -> Metric:
+def _bleu(answers: Sequence[str], expected: Sequence[str], on_example: Callable[[], None]) -> Metric:
     """Corpus BLEU from sacrebleu's own n-gram counts of each sentence. rows: [n, 10], matches and totals of the four
     orders, lengths of answer and reference."""
     scorer = BLEU(effective_order=True)
-    scores = [scorer.sentence_score(a, [e]) for a, e in zip(answers, expected, strict=True)]
-    rows = np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scores], dtype=np.float64)
-    return Metric("bleu", rows, corpus_bleu)
+    rows = []
+    for answer, wanted in zip(answers, expected, strict=True):
+        score = scorer.sentence_score(answer, [wanted])
+        rows.append([*score.counts, *score.totals, score.sys_len, score.ref_len])
+        on_example()
+    return Metric("bleu", np.array(rows, dtype=np.float64), corpus_bleu)
 
 
 def corpus_bleu(sums: Rows) -> NDArray[np.float64]:
@@ -160,10 +165,13 @@ def corpus_bleu(sums: Rows) -> NDArray[np.float64]:
     return np.asarray(np.where(matches.sum(axis=-1) > 0, score, 0.0))
 
 
-def _chrf(answers: Sequence[str], expected: Sequence[str]) -> NDArray[np.float64]:
+def _chrf(answers: Sequence[str], expected: Sequence[str], on_example: Callable[[], None]) -> NDArray[np.float64]:
     """chrF2 (Popovic 2015) of each answer; reports show the mean."""
     scorer = CHRF()
-    scores = [scorer.sentence_score(a, [e]).score for a, e in zip(answers, expected, strict=True)]
+    scores = []
+    for answer, wanted in zip(answers, expected, strict=True):
+        scores.append(scorer.sentence_score(answer, [wanted]).score)
+        on_example()
     return np.array(scores, dtype=np.float64) / 100
 
 

@@ -14,7 +14,7 @@ UNDERFIT_FALL = 0.05
 """The validation loss still fell by this share over the last quarter of its evaluations, and ended at its best."""
 LITTLE_LEARNED = 0.1
 """The training loss fell by less than this share from its first tenth to its last."""
-NOISE = 0.02
+NOISE = 0.05
 """Nats: smaller differences say nothing, whatever share of a small loss they are."""
 MAX_SKIPPED = 0.05
 
@@ -63,7 +63,7 @@ def judge_training(
         )
     tenth = max(1, len(losses) // 10)
     first_loss, last_loss = fmean(losses[:tenth]), fmean(losses[-tenth:])
-    if first_loss - last_loss < max(NOISE, LITTLE_LEARNED * first_loss) and last_loss > 10 * NOISE:
+    if first_loss - last_loss < max(NOISE, LITTLE_LEARNED * first_loss) and last_loss > 4 * NOISE:
         return TrainingVerdict(
             Fit.UNDERFIT,
             f"The training loss hardly fell: {first_loss:.3f} at the start, {last_loss:.3f} at the end.",

@@ -5,6 +5,7 @@ The job does not fail when only this cannot be done; then nothing passes the gat
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -24,7 +25,7 @@ from service.engine.base_model import BaseModel
 from service.engine.errors import EngineError
 from service.job import Claim, EventLevel, GateDecision
 from service.job_queue import JobQueue
-from service.tuning_data import JobFiles, TuningData
+from service.tuning_data import BREATH_SECONDS, JobFiles, TuningData
 from service.tuning_report import evaluation_message, forgetting_message
 from service.versions import AdapterVersion
 
@@ -111,7 +112,7 @@ class TuningEvaluation:
                 candidate=Entrant(digest, route),
                 active=None if active is None else self._entrant(active),
                 options=options,
-                between_packs=self._check,
+                between_packs=self._breathe,
             )
             if report is None:
                 self._say("The model could not be evaluated: no example leaves room for an answer.", EventLevel.WARN)
@@ -123,7 +124,7 @@ class TuningEvaluation:
                 route,
                 max_length=min(base.max_model_len, MAX_PROBE_LENGTH),
                 seed=self._spec.seed,
-                between_packs=self._check,
+                between_packs=self._breathe,
             )
         except (AdapterError, EngineError) as error:
             self._say(f"The model could not be evaluated: {error.message}", EventLevel.WARN)
@@ -152,6 +153,11 @@ class TuningEvaluation:
         adapter = TrainableLora(weights.spec, base.signature, seed=0, device=base.device)
         adapter.load(weights.modules)
         return Entrant(version.digest, TrainRouting(adapter, training=False))
+
+    def _breathe(self) -> None:
+        """Between two pieces of Python that take long, threads that wait for the interpreter get it."""
+        self._check()
+        time.sleep(BREATH_SECONDS)
 
     def _fits_base(self, version: AdapterVersion) -> bool:
         return version.base_fingerprint == self._services.base.fingerprint

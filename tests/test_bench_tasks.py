@@ -38,5 +38,5 @@ def test_a_task_is_fine_tuned_and_shown_as_a_table(
     printed = capsys.readouterr().out
     head, _, accuracy, *_ = printed.splitlines()
     assert head == "| fruit (labels) | base | few-shot | adapter | p against few-shot |"
-    assert accuracy.startswith("| **accuracy** | 0.000 [0.000, 0.000] |")
+    assert accuracy.startswith("| **accuracy** | 0.000 [0.000, 0.242] |")
     assert "12 held-out examples, 2 shots, seed 1" in printed

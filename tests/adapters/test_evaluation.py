@@ -113,6 +113,7 @@ def test_an_adapter_that_learned_the_answer_wins_over_base_and_few_shot_prompt(
     assert (report.num_examples, report.num_left_out, report.num_shots) == (6, 0, 3)
     assert report.scores[CANDIDATE]["accuracy"].value == 1.0
     assert report.scores[BASE]["accuracy"].value == 0.0
+    assert report.scores[CANDIDATE]["accuracy"].low == pytest.approx(0.6097, abs=1e-4), "6 of 6 is no certainty"
     assert report.scores[CANDIDATE]["loss"].value < 0.1 < report.scores[BASE]["loss"].value
     assert report.scores[BASE]["perplexity"].value == pytest.approx(exp(report.scores[BASE]["loss"].value))
     against = report.comparisons[BASE]["accuracy"]

@@ -20,6 +20,7 @@ def _falling(count: int, first: float = 3.0, last: float = 0.5) -> list[float]:
         (_falling(40), {10: 3.0, 20: 2.5, 30: 2.0, 40: 1.5}, Fit.UNDERFIT, "still falling"),
         ([3.0, 2.99] * 20, {10: 3.0, 20: 3.0, 30: 3.0, 40: 3.0}, Fit.UNDERFIT, "hardly fell"),
         (_falling(40), {40: 0.5}, Fit.UNKNOWN, "too few"),
+        (_falling(40), {10: 1.0, 20: 0.2, 30: 0.043, 40: 0.009}, Fit.GOOD, "step 40"),
         (_falling(40, 0.02, 0.001), {10: 0.002, 20: 0.001, 30: 0.003, 40: 0.004}, Fit.GOOD, "step 20"),
     ],
 )
