@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -22,6 +23,7 @@ from service.job import Claim, Directive, EventLevel, EventType, GateDecision, J
 from service.job_rows import ending, insert_event, job_of, select_jobs
 from service.jobs import JobObserver
 from service.promotion import promote
+from service.provenance import with_history
 from service.tables import adapter_versions, epoch_now, jobs
 from service.versions import AdapterVersion, find_version, insert_version
 
@@ -130,12 +132,14 @@ class JobQueue:
         digest: str,
         base_fingerprint: str,
         metrics: Mapping[str, float | None],
+        provenance: Mapping[str, Any] | None = None,
     ) -> None:
         """List a servable snapshot under `…:ckpt-step-{step}`. The same step again replaces the row."""
         model_id = claim.job.checkpoint_model_id(step)
         with self._fenced(claim, locks_tenant=True) as (connection, _):
             connection.execute(adapter_versions.delete().where(adapter_versions.c.id == model_id))
             version = _version(claim, model_id, digest, base_fingerprint, metrics, step)
+            version = replace(version, provenance=with_history(connection, claim.job, provenance))
             insert_version(connection, version, checkpoint_id=new_id("ftckpt"))
 
     def save_resume_point(self, claim: Claim, reference: str) -> None:
@@ -165,6 +169,7 @@ class JobQueue:
         trained_tokens: int,
         result_files: Sequence[StagedFile] = (),
         gate: GateDecision | None = None,
+        provenance: Mapping[str, Any] | None = None,
     ) -> str:
         """ONE transaction: result files, adapter version, the alias the spec names, and the job row.
 
@@ -185,7 +190,8 @@ class JobQueue:
             decided = promote(connection, job, model_id, gate)
             if decided is not None:
                 metrics = {**metrics, "evaluation": {**(metrics.get("evaluation") or {}), "gate": decided}}
-            insert_version(connection, _version(claim, model_id, digest, base_fingerprint, metrics, None))
+            version = _version(claim, model_id, digest, base_fingerprint, metrics, None)
+            insert_version(connection, replace(version, provenance=with_history(connection, job, provenance)))
             insert_event(connection, job.id, f"New fine-tuned model created: {model_id}")
             insert_event(connection, job.id, "The job has successfully completed")
         self._report(JobStatus.SUCCEEDED)

@@ -119,16 +119,41 @@ adapter_versions = Table(
     Column("id", String(512), nullable=False, unique=True),
     _tenant_column(index=True),
     Column("digest", String(64), nullable=False, index=True),
-    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False, index=True),
+    Column("job_id", ForeignKey("jobs.id", ondelete="SET NULL"), index=True),
     Column("base_model", Text, nullable=False),
     Column("base_fingerprint", Text, nullable=False),
     Column("checkpoint_id", String(64), unique=True),
     Column("step", Integer),
     Column("created_at", Float(53), nullable=False),
     Column("metrics", sa.JSON, nullable=False),
+    Column("provenance", sa.JSON(none_as_null=True)),
     sqlite_autoincrement=True,
 )
-"""Published versions, and checkpoints: those carry `checkpoint_id` and `step`."""
+"""Published versions, and checkpoints: those carry `checkpoint_id` and `step`. An imported version has no job.
+
+`provenance` (see `service.provenance`) outlives the job and its files.
+"""
+
+merges = Table(
+    "merges",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    _tenant_column(index=True),
+    Column("model", String(512), nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("attempt", Integer, nullable=False, default=0),
+    Column("lease_expires_at", Float(53)),
+    Column("bytes", sa.BigInteger, nullable=False),
+    Column("report", sa.JSON(none_as_null=True)),
+    Column("error", sa.JSON(none_as_null=True)),
+    Column("created_at", Float(53), nullable=False),
+    Column("finished_at", Float(53)),
+    Column("expires_at", Float(53)),
+    sqlite_autoincrement=True,
+)
+"""Merged models; `bytes` is an estimate until one is there."""
 
 alias_moves = Table(
     "alias_moves",

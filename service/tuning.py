@@ -36,6 +36,7 @@ from service.job import Claim, EventLevel, EventType
 from service.job_queue import FencedWriteError, JobCancelledError, JobQueue
 from service.job_report import report_events, report_on, strict_error
 from service.resume_points import ResumePoints
+from service.run_facts import facts_of_run
 from service.tuning_data import JobFiles, TuningData
 from service.tuning_evaluation import Evaluated, TuningEvaluation
 from service.tuning_plan import TuningPlan, make_plan
@@ -92,6 +93,7 @@ class TuningRun:
         self._job = claim.job
         self._trainer: Trainer | None = None
         self._probe: RateProbe | None = None
+        self._facts: Mapping[str, Any] | None = None
         self._saved_at = self._started_at = time.monotonic()
         self._num_steps_before = 0
         self._num_reported = 0
@@ -120,6 +122,7 @@ class TuningRun:
         )
         data = self._load(files)
         trainer = self._make_trainer(data)
+        self._facts = facts_of_run(self._services.base, self._services.files, self._job, data, trainer)
         self._train(trainer)
         digest = self._publish(trainer.best_weights())
         evaluated = TuningEvaluation(self._services, self._claim, self._check, self._say).run(
@@ -264,6 +267,7 @@ class TuningRun:
                 trained_tokens=trainer.trained_tokens,
                 result_files=tables,
                 gate=evaluated.decision,
+                provenance=self._facts,
             )
         except FencedWriteError:
             services.files.discard([table.storage_key for table in tables])
@@ -303,6 +307,7 @@ class TuningRun:
             digest=self._publish(trainer.adapter.weights()),
             base_fingerprint=self._services.base.fingerprint,
             metrics={name: value for name, value in metrics.items() if name != "total_steps"},
+            provenance=self._facts,
         )
         self._say(f"Checkpoint created at step {trainer.steps_done}")
 

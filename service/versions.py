@@ -20,12 +20,14 @@ class AdapterVersion:
     id: str
     tenant_id: str
     digest: str
-    job_id: str
+    job_id: str | None
     base_model: str
     base_fingerprint: str
     metrics: Mapping[str, Any]
     created_at: float = 0.0
     step: int | None = None
+    provenance: Mapping[str, Any] | None = None
+    """See `service.provenance`; an imported version has this, and no job."""
 
 
 def insert_version(connection: Connection, version: AdapterVersion, *, checkpoint_id: str | None = None) -> None:
@@ -51,6 +53,7 @@ def version_of(row: sa.Row[Any]) -> AdapterVersion:
         metrics=row.metrics,
         created_at=row.created_at,
         step=row.step,
+        provenance=row.provenance,
     )
 
 
