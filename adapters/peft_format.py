@@ -23,6 +23,9 @@ from adapters.errors import AdapterFormatError, BaseMismatchError
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _KEY_PREFIX = "base_model.model."
+_PATTERN_KEY = re.compile(r"\^?(?:\\\.|[\w.-])+\$?")
+"""A module's name or its end. PEFT takes any regular expression here, but one that comes from outside may never end."""
+
 _FLOAT_DTYPES = {"F32", "F16", "BF16", "F64"}
 
 WHY_NO_DORA = (
@@ -45,7 +48,20 @@ _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
     "exclude_modules": (None, []),
+    "layers_pattern": (None, [], ""),
 }
+
+# Initialisations that leave the base as it was. The others (PiSSA, OLoRA, CorDA, LoftQ, …) change the base's weights:
+# what they learned fits no unchanged base, unless PEFT converted it on saving, which sets this to true.
+_HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+# What else PEFT writes, that changes nothing once an adapter is trained.
+_READ_OR_HARMLESS = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout",
+    "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
+}  # fmt: skip
 
 
 class LinearShape(NamedTuple):
@@ -182,6 +198,24 @@ def read_adapter(directory: Path, base: BaseSignature, *, max_rank: int) -> Lora
     return LoraWeights(spec, {n: _checked_pair(n, shape, spec, tensors) for n, shape in expected.items()})
 
 
+def max_weights_bytes(base: BaseSignature, max_rank: int) -> int:
+    """No weights file of an adapter for this base is longer: every module at `max_rank` in 8-byte floats, copies of
+    the embeddings, and what safetensors needs to name them."""
+    tensors = sum(max_rank * (shape.in_features + shape.out_features) * 8 for shape in base.modules.values())
+    copies = sum(tensor.numel() * 8 for tensor in base.embeddings.values())
+    return tensors + copies + 1024 * (2 * len(base.modules) + 64)
+
+
+def base_check(directory: Path) -> Literal["fingerprint", "name", "shapes"]:
+    """How far a directory that `read_adapter` has taken vouches for its base: by the base's fingerprint, by its name
+    only, or not at all, so that nothing but shapes was compared."""
+    with safe_open(directory / WEIGHTS_NAME, framework="pt") as file:
+        if (file.metadata() or {}).get("base_fingerprint"):
+            return "fingerprint"
+    named = json.loads((directory / CONFIG_NAME).read_text()).get("base_model_name_or_path")
+    return "name" if named else "shapes"
+
+
 def write_adapter(
     directory: Path,
     weights: LoraWeights,
@@ -240,7 +274,7 @@ def _read_config(directory: Path, base: BaseSignature, max_rank: int) -> LoraSpe
         raise AdapterFormatError(f"{WEIGHTS_NAME} is missing", check="files")
     try:
         config = json.loads((directory / CONFIG_NAME).read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterFormatError(f"{CONFIG_NAME} is not JSON: {error}", check="config") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise AdapterFormatError("peft_type must be 'LORA'", check="config")
@@ -250,7 +284,16 @@ def _read_config(directory: Path, base: BaseSignature, max_rank: int) -> LoraSpe
         if option in config and config[option] not in harmless:
             if option == "use_dora":
                 raise AdapterFormatError(f"use_dora: {WHY_NO_DORA}", check="unsupported")
-            raise AdapterFormatError(f"{option}={config[option]!r} is not supported", check="unsupported")
+            raise AdapterFormatError(f"{option}={_shown(config[option])} is not supported", check="unsupported")
+    if config.get("init_lora_weights") not in _HARMLESS_INITS:
+        raise AdapterFormatError(
+            f"init_lora_weights={_shown(config['init_lora_weights'])} changes the base; save the adapter converted to a"
+            " plain LoRA (PEFT: path_initial_model_for_weight_conversion)",
+            check="unsupported",
+        )
+    for option in config.keys() - _ONLY_SUPPORTED.keys() - _READ_OR_HARMLESS:
+        if config[option] not in (None, False, [], {}, ""):
+            raise AdapterFormatError(f"{option}={_shown(config[option])} is not known here", check="unsupported")
     _check_layers_pattern(config.get("layers_pattern"), base)
     _check_base_name(config.get("base_model_name_or_path"), base)
     return _spec_from_config(config, max_rank)
@@ -283,6 +326,7 @@ def _spec_from_config(config: dict[str, Any], max_rank: int) -> LoraSpec:
     well_formed = (
         _is_int(config.get("r"))
         and _is_number(config.get("lora_alpha", 8))
+        and _is_number(config.get("lora_dropout") or 0.0)
         and (isinstance(targets, str) or _is_list_of(targets, str))
         and (layers is None or _is_int(layers) or _is_list_of(layers, int))
         and isinstance(ranks, dict)
@@ -294,11 +338,17 @@ def _spec_from_config(config: dict[str, Any], max_rank: int) -> LoraSpec:
         raise AdapterFormatError(
             "r, lora_alpha, target_modules, rank_pattern or alpha_pattern is malformed", check="config"
         )
+    for key in (*ranks, *alphas):
+        if not _PATTERN_KEY.fullmatch(key):
+            raise AdapterFormatError(
+                f"the pattern {_shown(key)}: only names of modules are taken, not regular expressions",
+                check="unsupported",
+            )
     for rank in (config["r"], *ranks.values()):
         if not 1 <= rank <= max_rank:
             raise AdapterFormatError(f"rank {rank} is outside 1..{max_rank}", check="rank")
     if isinstance(targets, str) and targets != "all-linear":
-        raise AdapterFormatError(f"target_modules as a regular expression ({targets!r})", check="unsupported")
+        raise AdapterFormatError(f"target_modules as a regular expression ({_shown(targets)})", check="unsupported")
     return LoraSpec(
         r=config["r"],
         lora_alpha=config.get("lora_alpha", 8),
@@ -390,9 +440,10 @@ def _written_targets(spec: LoraSpec, weights: LoraWeights, base: BaseSignature) 
 
 
 def _from_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
-    """PEFT's rule: the first pattern that is the module's name or matches behind a dot."""
+    """PEFT's rule: the first pattern that is the module's name (its end, unless `^` stands before it)."""
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        name = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
+        if module == name or (not key.startswith("^") and module.endswith("." + name)):
             return value
     return default
 
@@ -404,6 +455,11 @@ def _layer_index(module: str) -> int | None:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _is_int(value: Any) -> bool:

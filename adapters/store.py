@@ -81,6 +81,18 @@ class AdapterStore:
             self._verified.add(digest)
         return path
 
+    def manifest(self, digest: str) -> dict[str, dict[str, Any]]:
+        """The published files: name -> sha256, bytes. Only this list is read, and checked against the digest.
+
+        Raises AdapterNotFoundError, AdapterFormatError(check="digest"), StoreError.
+        """
+        with _store_errors(f"reading adapter {_checked(digest)}"):
+            try:
+                manifest = self._filesystem.cat_file(self._remote(digest, MANIFEST))
+            except FileNotFoundError:
+                raise _not_found(digest) from None
+        return _check_manifest(manifest, digest)
+
     def exists(self, digest: str) -> bool:
         return bool(self._filesystem.exists(self._remote(_checked(digest), MANIFEST)))
 

@@ -79,6 +79,13 @@ class Aliases:
                 move_alias(connection, tenant_id, name, model, MoveKind.SET)
             return alias_in(connection, tenant_id, name)
 
+    def moves_to(self, tenant_id: str, model: str) -> tuple[tuple[str, AliasMove], ...]:
+        """Every move of any alias to this model, newest first, with the alias's name."""
+        query = sa.select(alias_moves).where(alias_moves.c.tenant_id == tenant_id, alias_moves.c.model == model)
+        with self._database.read() as connection:
+            rows = connection.execute(query.order_by(alias_moves.c.seq.desc()).limit(NUM_MOVES_SHOWN))
+            return tuple((row.alias, AliasMove(row.model, MoveKind(row.kind), row.created_at)) for row in rows)
+
     def delete(self, tenant_id: str, name: str) -> None:
         """The pointer and its history; the models stay, a running canary or shadow ends."""
         with self._database.begin() as connection:

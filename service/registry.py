@@ -12,13 +12,13 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from adapters.errors import BaseMismatchError
-from service.aliases import Aliases, active_model, names_pointing_at
+from service.aliases import Aliases, MoveKind, active_model, check_alias_name, move_alias, names_pointing_at
 from service.database import Database, lock_tenant
 from service.errors import ConflictError, InvalidRequestError
 from service.experiment_rows import aliases_trying
 from service.routing import Found, ResolvedModel, Route, Servable, find, route_of
 from service.tables import adapter_versions, jobs
-from service.versions import AdapterVersion, find_version, model_not_found, version_of
+from service.versions import AdapterVersion, find_version, insert_version, model_not_found, version_of
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,27 @@ class Registry:
         if found is None:
             raise model_not_found(model)
         return found
+
+    def publish(self, version: AdapterVersion, alias: str | None = None) -> AdapterVersion:
+        """Register an adapter that no job made, and move `alias` to it, in one transaction. Again, it is no change."""
+        if alias is not None:
+            check_alias_name(alias, self.base.name)
+        with self._database.begin() as connection:
+            lock_tenant(connection, version.tenant_id)
+            known = find_version(connection, version.tenant_id, version.id)
+            if known is None:
+                insert_version(connection, version)
+            elif known.digest != version.digest:
+                raise ConflictError(
+                    f"Another adapter is called '{version.id}' already: use another suffix.",
+                    param="suffix",
+                    code="model_exists",
+                )
+            if alias is not None and active_model(connection, version.tenant_id, alias) != version.id:
+                move_alias(connection, version.tenant_id, alias, version.id, MoveKind.SET)
+            published = find_version(connection, version.tenant_id, version.id)
+            assert published is not None
+            return published
 
     def delete_model(self, tenant_id: str, model: str) -> str | None:
         """The digest that nobody refers to any more, for the caller to retire; None when somebody still does.

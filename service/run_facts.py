@@ -61,13 +61,13 @@ def compute_facts(device: torch.device) -> dict[str, Any]:
     return {
         "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
         "num_threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # type: ignore[no-untyped-call]
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
 
 
 def _counts(corpus: Corpus) -> dict[str, int]:
     return {
-        "num_examples": len(corpus.lines.unique()),
+        "num_examples": len(torch.unique(corpus.lines)),
         "num_sequences": len(corpus),
         "num_tokens": corpus.num_tokens,
         "num_truncated": corpus.num_truncated,

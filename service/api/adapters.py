@@ -1,25 +1,104 @@
-"""/v1/adapters: what lies behind the tenant's model ids: content digests, jobs, metrics, aliases."""
+"""/v1/adapters: what lies behind the tenant's model ids: digests, metrics, cards; in and out as PEFT directories."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.datastructures import FormData, UploadFile
 
+from adapters.errors import AdapterNotFoundError
+from adapters.gguf_lora import write_gguf
+from adapters.peft_archive import README_NAME, zip_chunks
+from adapters.peft_format import read_adapter
+from adapters.store import REQUIRED_FILES
+from service.adapter_import import AdapterImport
 from service.aliases import Alias
 from service.api.auth import TenantDep
 from service.api.pages import list_body, only_query
-from service.api.services import ServicesDep
+from service.api.services import Services, ServicesDep
+from service.card import make_card
+from service.card_markdown import card_markdown
+from service.errors import InvalidRequestError, TooLargeError
 from service.versions import AdapterVersion
 
 router = APIRouter(tags=["adapters"])
+
+_FIELDS = ("file", "suffix", "alias")
+_CHUNK_BYTES = 1024 * 1024
 
 
 @router.get("/v1/adapters", dependencies=[Depends(only_query())])
 def list_adapters(tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
     aliases = services.registry.aliases.list(tenant.id)
     return list_body([adapter_body(version, aliases) for version in services.registry.versions(tenant.id)])
+
+
+@router.post("/v1/adapters")
+async def import_adapter(request: Request, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
+    """A zip of a PEFT directory, as multipart/form-data: `file`, `suffix`, and `alias` where one shall move to it."""
+    importer = AdapterImport(services.registry, services.store, services.base, max_rank=services.settings.max_lora_rank)
+    async with request.form(max_files=1, max_fields=len(_FIELDS)) as form:
+        upload, suffix, alias = _understand(form)
+        if upload.size is None or upload.size > importer.max_bytes:
+            raise TooLargeError(
+                f"The archive is longer than any adapter of this base ({importer.max_bytes} bytes).", param="file"
+            )
+        version = await run_in_threadpool(
+            importer.from_zip,
+            tenant,
+            upload.file,
+            filename=_printable(upload.filename or "adapter.zip"),
+            suffix=suffix,
+            alias=alias,
+        )
+    aliases = await run_in_threadpool(services.registry.aliases.list, tenant.id)
+    return adapter_body(version, aliases)
+
+
+@router.get("/v1/adapters/{model:path}/card", dependencies=[Depends(only_query("format"))])
+def get_card(
+    model: str,
+    request: Request,
+    tenant: TenantDep,
+    services: ServicesDep,
+    format: Annotated[Literal["json", "markdown"] | None, Query()] = None,
+) -> Response:
+    """JSON, or Markdown for `Accept: text/markdown`; `format` wins."""
+    card = _card(services, services.registry.version(tenant.id, model), request)
+    if format == "markdown" or (format is None and "text/markdown" in request.headers.get("accept", "")):
+        return PlainTextResponse(card_markdown(card), media_type="text/markdown")
+    return JSONResponse(card)
+
+
+@router.get("/v1/adapters/{model:path}/export", dependencies=[Depends(only_query("format"))])
+def export_adapter(
+    model: str,
+    request: Request,
+    tenant: TenantDep,
+    services: ServicesDep,
+    format: Annotated[Literal["zip", "gguf"], Query()] = "zip",
+) -> StreamingResponse:
+    """The PEFT directory, with the card as its README; or a GGUF for llama.cpp."""
+    version = services.registry.version(tenant.id, model)
+    directory = services.store.directory(version.digest)
+    if format == "gguf":
+        return _download(_gguf_chunks(services, version, directory), f"{_stem(version)}.gguf")
+    readme = card_markdown(_card(services, version, request)).encode()
+    files: dict[str, Path | bytes] = {name: directory / name for name in sorted(REQUIRED_FILES)}
+    chunks = zip_chunks({**files, README_NAME: readme})
+    try:
+        next(chunks)  # the files are open now: deleting the model meanwhile cuts no download
+    except FileNotFoundError:
+        raise AdapterNotFoundError(f"The files of '{version.id}' are gone.") from None
+    return _download(chunks, f"{_stem(version)}.zip")
 
 
 @router.get("/v1/adapters/{model:path}")
@@ -34,6 +113,7 @@ def adapter_body(version: AdapterVersion, aliases: Sequence[Alias]) -> dict[str,
         "id": version.id,
         "object": "adapter",
         "digest": version.digest,
+        "origin": (version.provenance or {}).get("origin"),
         "job": version.job_id,
         "step": version.step,
         "base_model": version.base_model,
@@ -42,3 +122,77 @@ def adapter_body(version: AdapterVersion, aliases: Sequence[Alias]) -> dict[str,
         "created_at": int(version.created_at),
         "aliases": [alias.name for alias in aliases if alias.model == version.id],
     }
+
+
+def _card(services: Services, version: AdapterVersion, request: Request) -> dict[str, Any]:
+    aliases = services.registry.aliases
+    try:
+        files = services.store.manifest(version.digest)
+    except AdapterNotFoundError:
+        files = None
+    return make_card(
+        version,
+        moves=aliases.moves_to(version.tenant_id, version.id),
+        active=[alias.name for alias in aliases.list(version.tenant_id) if alias.model == version.id],
+        files=files,
+        url=_reached_at(request),
+    )
+
+
+def _reached_at(request: Request) -> str:
+    """The url that the client used; nothing of the machine's own names."""
+    url = str(request.base_url).rstrip("/")
+    return url if re.fullmatch(r"https?://[A-Za-z0-9.:\[\]_/-]+", url) else "https://YOUR-SERVICE"
+
+
+def _gguf_chunks(services: Services, version: AdapterVersion, directory: Path) -> Iterator[bytes]:
+    """Written whole before the first byte leaves, so that an adapter which cannot be one is a 400."""
+    weights = read_adapter(directory, services.base.signature, max_rank=services.settings.max_lora_rank)
+    with tempfile.TemporaryDirectory(prefix="rootstock-gguf-") as folder:
+        path = Path(folder) / "adapter.gguf"
+        write_gguf(path, weights, services.base.model.config.to_dict(), name=version.id)
+        stream = path.open("rb")
+    return _closing(stream)  # unlinked already: gone with its last reader
+
+
+def _closing(stream: Any) -> Iterator[bytes]:
+    with stream:
+        yield from iter(lambda: stream.read(_CHUNK_BYTES), b"")
+
+
+def _download(chunks: Iterator[bytes], filename: str) -> StreamingResponse:
+    headers = {"content-disposition": f"attachment; filename*=UTF-8''{quote(filename, safe='')}"}
+    return StreamingResponse(chunks, headers=headers, media_type="application/octet-stream")
+
+
+def _stem(version: AdapterVersion) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", version.id)
+
+
+def _understand(form: FormData) -> tuple[UploadFile, str, str | None]:
+    for name in form:
+        if name not in _FIELDS:
+            raise InvalidRequestError(
+                f"Unrecognized request argument supplied: '{name}'.", param=name, code="unknown_parameter"
+            )
+    upload, suffix, alias = (form.get(name) for name in _FIELDS)
+    if not isinstance(upload, UploadFile):
+        raise InvalidRequestError(
+            "Send a zip of the adapter's directory as multipart/form-data, in a part named 'file' with a file name.",
+            param="file",
+            code="missing_required_parameter",
+        )
+    if not isinstance(suffix, str):
+        raise InvalidRequestError(
+            "Missing required parameter: 'suffix', a part of the model's id.",
+            param="suffix",
+            code="missing_required_parameter",
+        )
+    if alias is not None and not isinstance(alias, str):
+        raise InvalidRequestError("'alias' must be a name.", param="alias")
+    return upload, suffix, alias
+
+
+def _printable(name: str) -> str:
+    last = name.replace("\\", "/").rsplit("/", 1)[-1]
+    return "".join(character for character in last if character.isprintable())[:255]

@@ -21,7 +21,7 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}"
 
 CLIENT_CLOSED_REQUEST = 499
 
-UPLOAD_PATH = "/v1/files"
+UPLOAD_PATHS = ("/v1/files", "/v1/adapters")
 MULTIPART_OVERHEAD_BYTES = 64 * 1024
 """Boundaries and form fields around an uploaded file."""
 
@@ -69,7 +69,7 @@ class RequestMiddleware:
             exchange.finish(self._metrics)
 
     def _limit(self, scope: Scope) -> int:
-        uploads = scope["method"] == "POST" and scope["path"] == UPLOAD_PATH
+        uploads = scope["method"] == "POST" and scope["path"] in UPLOAD_PATHS
         return self._max_upload_bytes if uploads else self._max_body_bytes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -235,3 +236,37 @@ def test_a_layer_that_the_base_lacks_is_refused_and_named(signature: BaseSignatu
     with pytest.raises(AdapterFormatError, match=r"names layer 7, which the base lacks \(it has 0 to 1\)") as caught:
         LoraSpec(layers_to_transform=(1, 7)).matching(signature)
     assert caught.value.param == "layers_to_transform"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
+        ({"some_new_option": True}, "some_new_option"),
+        ({"layers_pattern": "blocks"}, "layers_pattern"),
+        ({"rank_pattern": {"(q+)+_proj": 4}}, "pattern"),
+        ({"velora_config": {"rank": 4}}, "velora_config"),
+    ],
+)
+def test_an_option_that_would_change_what_the_tensors_mean_is_refused_by_name(
+    change: dict[str, Any], named: str, adapter_dir: Path, signature: BaseSignature
+) -> None:
+    _config(lambda c: c.update(change))(adapter_dir)
+    with pytest.raises(AdapterFormatError, match=named) as refusal:
+        read_adapter(adapter_dir, signature, max_rank=64)
+    assert refusal.value.check == "unsupported"
+
+
+def test_an_option_that_is_off_is_no_reason_to_refuse(adapter_dir: Path, signature: BaseSignature) -> None:
+    _config(lambda c: c.update(some_new_option=False, another={}, init_lora_weights="gaussian"))(adapter_dir)
+    assert read_adapter(adapter_dir, signature, max_rank=64).max_rank == 8
+
+
+def test_a_rank_pattern_means_what_peft_means_by_it(signature: BaseSignature) -> None:
+    keys = {"^model.layers.1.mlp.down_proj": 3, r"self_attn\.q_proj": 5, "o_proj$": 6, "layers.0.mlp": 7}
+    spec = LoraSpec(r=4, rank_pattern=keys)
+    for module in signature.modules:
+        theirs = next((rank for key, rank in keys.items() if re.match(rf"(.*\.)?({key})$", module)), 4)
+        assert spec.rank_of(module) == theirs
+    assert {spec.rank_of(module) for module in signature.modules} == {3, 4, 5, 6}
