@@ -49,6 +49,13 @@ class Service:
 
     def call(self, method: str, path: str, **request: Any) -> Any:
         """The decoded answer. `path` is below `/v1`."""
+        return self._answer(method, path, **request).json()
+
+    def download(self, path: str, **params: Any) -> bytes:
+        """The answer's bytes."""
+        return self._answer("GET", path, params=params, timeout=600).content
+
+    def _answer(self, method: str, path: str, **request: Any) -> httpx.Response:
         try:
             answer = self._http.request(method, f"/v1{path}", **request)
         except httpx.InvalidURL as error:
@@ -56,7 +63,7 @@ class Service:
         except httpx.HTTPError as error:
             fail(f"no answer from {self._http.base_url}: {error or type(error).__name__}", UNREACHABLE)
         if answer.is_success:
-            return answer.json()
+            return answer
         fail(f"{_message(answer)} ({answer.status_code}, request {answer.headers.get('x-request-id', '?')})")
 
     def close(self) -> None:
