@@ -22,6 +22,7 @@ from service.engine.remote_engine import RemoteEngine
 from service.engine.serving_engine import ServingEngine
 from service.job_queue import JobQueue
 from service.jobs import Jobs
+from service.merges import merges_in
 from service.metrics import Metrics
 from service.registry import BaseIdentity, Registry
 from service.rollout import open_rollout
@@ -80,6 +81,7 @@ def open_services(
             registry=registry,
             store=archive.store,
             rollout=stack.enter_context(open_rollout(archive.database, registry, engine, metrics, settings)),
+            merges=merges_in(settings, archive.database),
         )
 
 

@@ -113,6 +113,10 @@ class Settings(BaseSettings):
         1_000_000, ge=1, description="Answers remembered for feedback at most; the oldest are dropped first."
     )
     feedback_retention_days: float = Field(365.0, gt=0.0, description="How long feedback itself is kept.")
+    merge_bytes: ByteSize = Field(
+        ByteSize(32 * 1024 * MIB), ge=0, description="Disk for merged models in the data directory; 0: no merging."
+    )
+    merge_seconds: float = Field(24 * 3600.0, ge=60.0, description="How long a merged model can be downloaded.")
 
     max_body_bytes: ByteSize = Field(ByteSize(8 * MIB), ge=1024, description="Largest JSON request body.")
     max_file_bytes: ByteSize = Field(ByteSize(512 * MIB), ge=1024, description="Largest uploaded file.")

@@ -19,6 +19,8 @@ from service.engine.observation import EngineObserver
 from service.engine.quantization import Quantization
 from service.job_queue import JobQueue
 from service.jobs import JobObserver
+from service.merge_worker import MergeWorker
+from service.merges import merges_in
 from service.resume_points import ResumePoints
 from service.tuning import TuningObserver, TuningServices
 from service.tuning_worker import TuningWorker
@@ -52,6 +54,11 @@ def running_engine(
             worker = _tuning_worker(settings, archive, base, engine, observer)
             worker.start()
             stack.callback(worker.stop)
+        merges = merges_in(settings, archive.database)
+        if merges is not None:
+            merging = MergeWorker(merges, archive.store, base, max_rank=settings.max_lora_rank)
+            merging.start()
+            stack.callback(merging.stop)
         yield engine
 
 

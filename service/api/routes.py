@@ -18,6 +18,7 @@ from service.api import (
     files,
     fine_tuning,
     gate_policy,
+    merges,
     models,
     settings,
 )
@@ -31,6 +32,7 @@ ROUTERS: Sequence[APIRouter] = tuple(
         files,
         fine_tuning,
         models,
+        merges,
         adapters,
         aliases,
         canaries,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from service.engine.serving_engine import ServingEngine
     from service.files import Files
     from service.jobs import Jobs
+    from service.merges import Merges
     from service.metrics import Metrics
     from service.registry import Registry
     from service.rollout import Rollout
@@ -42,6 +43,7 @@ class Services:
     registry: Registry
     store: AdapterStore
     rollout: Rollout
+    merges: Merges | None = None
 
 
 async def _of_request(request: Request) -> Services:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -16,6 +16,7 @@ import httpx
 import pytest
 import structlog
 import uvicorn
+from fastapi import FastAPI
 from openai import OpenAI
 from pydantic import SecretStr
 from starlette.types import ASGIApp
@@ -32,6 +33,7 @@ from service.engine.base_model import BaseModel
 from service.engine.engine import Engine
 from service.engine.grammar_compiler import GrammarCompiler
 from service.health import Health
+from service.merges import Merges
 from service.metrics import Metrics
 from service.rollout import Rollout, open_rollout
 from tests.fakes import FakeEngine
@@ -57,6 +59,11 @@ class Served:
     rollout: Rollout
     closing: ExitStack
     """Closes, with the service, what its tests opened."""
+    app: FastAPI
+
+    def add_merges(self, merges: Merges, base: BaseModel) -> None:
+        """From now on the service takes merges, into this base."""
+        self.app.state.services = replace(self.app.state.services, merges=merges, base=base)
 
     def client(self, api_key: str | None = None, *, strict: bool = True) -> OpenAI:
         """The official client, validating every answer, and not hiding failures behind retries."""
@@ -137,7 +144,7 @@ def serve_fake(directory: Path, **settings: object) -> Iterator[Served]:
         app = create_app(services)
         operations = tuple((method, path) for path, methods in app.openapi()["paths"].items() for method in methods)
         api_url, ops_url = stack.enter_context(serve_apps(app, create_ops_app(metrics, health)))
-        yield Served(api_url, ops_url, control, engine, metrics, health, operations, services.rollout, stack)
+        yield Served(api_url, ops_url, control, engine, metrics, health, operations, services.rollout, stack, app)
 
 
 @contextmanager
