@@ -43,7 +43,9 @@ def _parents(connection: Connection, job: Job) -> list[dict[str, str | None]]:
         return []
     mine = sa.and_(adapter_versions.c.tenant_id == job.tenant_id, adapter_versions.c.digest == digest)
     named_so = adapter_versions.c.id == job.spec.model
-    query = sa.select(adapter_versions).where(mine).order_by(named_so.desc(), adapter_versions.c.seq).limit(1)
+    is_checkpoint = adapter_versions.c.step.is_not(None)  # the last one is often the published model's very bytes
+    order = (named_so.desc(), is_checkpoint, adapter_versions.c.seq)
+    query = sa.select(adapter_versions).where(mine).order_by(*order).limit(1)
     row = connection.execute(query).one_or_none()
     if row is None:
         return [{"model": None, "digest": digest}]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFReader
-from transformers import AutoConfig
-from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers import AutoConfig, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from adapters.errors import AdapterFormatError
 from adapters.gguf_lora import interleaved, write_gguf
@@ -69,7 +69,7 @@ def test_the_file_holds_every_tensor_under_llama_cpps_names_with_the_same_effect
 def test_rows_of_q_and_k_go_where_llama_cpps_rotation_expects_them() -> None:
     """llama.cpp rotates neighbours (2i, 2i+1); transformers rotates (i, i + half). Both must see the same angle."""
     num_heads, size = 2, 8
-    config = LlamaConfig(hidden_size=num_heads * size, num_attention_heads=num_heads, max_position_embeddings=64)
+    config = LlamaConfig(hidden_size=num_heads * size, num_attention_heads=num_heads)
     x = torch.randn(1, 5, num_heads * size, generator=torch.Generator().manual_seed(1))
     positions = torch.arange(5)[None] + 3
     cos, sin = LlamaRotaryEmbedding(config)(x, positions)
@@ -77,7 +77,7 @@ def test_rows_of_q_and_k_go_where_llama_cpps_rotation_expects_them() -> None:
     rotated, _ = apply_rotary_pos_emb(heads, heads, cos, sin)
     expected = torch.stack([interleaved(row, num_heads) for row in rotated.transpose(1, 2).reshape(5, -1)])
     mine = torch.stack([interleaved(row, num_heads) for row in x[0]]).view(5, num_heads, size // 2, 2)
-    angles = positions[0][:, None] * config.rope_parameters["rope_theta"] ** (-torch.arange(0, size, 2) / size)
+    angles = positions[0][:, None] * 10000.0 ** (-torch.arange(0, size, 2) / size)
     c, s = angles.cos()[:, None], angles.sin()[:, None]
     pairs = torch.stack((mine[..., 0] * c - mine[..., 1] * s, mine[..., 0] * s + mine[..., 1] * c), dim=-1)
     torch.testing.assert_close(pairs.reshape(5, -1), expected)

@@ -170,7 +170,7 @@ def test_a_form_that_is_not_understood_is_a_400_that_names_the_field(
         ({"suffix": "x", "alias": "tiny"}, "alias"),
         ({"suffix": "x", "name": "y"}, "name"),
     ):
-        answer = _import(service, zipped(files), **fields)  # type: ignore[arg-type]
+        answer = _import(service, zipped(files), **fields)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
     without = service.http().post("/v1/adapters", data={"suffix": "x"}, files={"other": ("a", b"")})
     assert without.status_code == 400

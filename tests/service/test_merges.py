@@ -93,6 +93,7 @@ def test_a_crash_means_another_attempt_and_three_mean_failure(control: Control, 
     assert merges.claim() is None
     lost = merges.get(control.acme.id, made.id)
     assert lost.state is MergeState.FAILED and lost.error is not None and lost.error["code"] == "worker_lost"
+    assert claimed is not None
     with pytest.raises(MergeGoneError):
         merges.succeed(claimed, num_bytes=1, report={})
 

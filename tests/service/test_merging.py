@@ -37,7 +37,8 @@ def _together(base: BaseModel, weights: LoraWeights) -> torch.Tensor:
 def _alone(directory: Path) -> torch.Tensor:
     model = LlamaForCausalLM.from_pretrained(directory, use_safetensors=True)
     with torch.no_grad():
-        return model(input_ids=IDS).logits.float()
+        logits: torch.Tensor = model(input_ids=IDS).logits
+    return logits.float()
 
 
 @pytest.mark.parametrize("targets", ["all-linear", EVERYWHERE])
