@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -58,8 +59,8 @@ _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 # What else PEFT writes, that changes nothing once an adapter is trained.
 _READ_OR_HARMLESS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
-    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout",
-    "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config",
+    "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
     "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
 
@@ -202,7 +203,7 @@ def max_weights_bytes(base: BaseSignature, max_rank: int) -> int:
     """No weights file of an adapter for this base is longer: every module at `max_rank` in 8-byte floats, copies of
     the embeddings, and what safetensors needs to name them."""
     tensors = sum(max_rank * (shape.in_features + shape.out_features) * 8 for shape in base.modules.values())
-    copies = sum(tensor.numel() * 8 for tensor in base.embeddings.values())
+    copies = sum(prod(tensor.shape) * 8 for tensor in base.embeddings.values())
     return tensors + copies + 1024 * (2 * len(base.modules) + 64)
 
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from adapters.peft_archive import unpack
 from adapters.peft_format import CONFIG_NAME, base_check, max_weights_bytes, read_adapter
 from adapters.store import AdapterStore
-from service.engine.base_model import BaseModel
+from service.engine.base_description import BaseDescription
 from service.errors import InvalidRequestError
 from service.provenance import FORMAT
 from service.registry import Registry
@@ -32,7 +32,7 @@ _NOTED_OPTIONS = ("base_model_name_or_path", "peft_version", "r", "lora_alpha", 
 class AdapterImport:
     """Its collaborators; `max_rank` is the engine's."""
 
-    def __init__(self, registry: Registry, store: AdapterStore, base: BaseModel, *, max_rank: int) -> None:
+    def __init__(self, registry: Registry, store: AdapterStore, base: BaseDescription, *, max_rank: int) -> None:
         self._registry = registry
         self._store = store
         self._base = base

@@ -10,6 +10,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters.errors import AdapterFormatError
 from adapters.peft_format import LoraWeights
-from service.engine.base_model import BaseModel
+from service.engine.base_description import BaseDescription
+from service.engine.base_model import BaseModel, Quantization
 
 MAX_SHARD_BYTES = 1024**3
 
@@ -53,11 +55,11 @@ class _Rounding:
     added: float = 0.0
 
 
-def merged_bytes(base: BaseModel) -> int:
-    """About what the weights of a merged model take."""
+def merged_bytes(base: BaseDescription) -> int:
+    """About what the weights of a merged model take, at most."""
     linear = sum(shape.in_features * shape.out_features for shape in base.signature.modules.values())
-    others = sum(tensor.numel() for tensor in base.signature.embeddings.values())
-    return (linear + others) * base.dtype.itemsize
+    others = sum(prod(tensor.shape) for tensor in base.signature.embeddings.values())
+    return (linear + others) * (4 if base.quantization is Quantization.NONE else 2)
 
 
 def write_merged(

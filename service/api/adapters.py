@@ -26,6 +26,7 @@ from service.api.pages import list_body, only_query
 from service.api.services import Services, ServicesDep
 from service.card import make_card
 from service.card_markdown import card_markdown
+from service.engine.checkpoint import base_config
 from service.errors import InvalidRequestError, TooLargeError
 from service.versions import AdapterVersion
 
@@ -150,7 +151,7 @@ def _gguf_chunks(services: Services, version: AdapterVersion, directory: Path) -
     weights = read_adapter(directory, services.base.signature, max_rank=services.settings.max_lora_rank)
     with tempfile.TemporaryDirectory(prefix="rootstock-gguf-") as folder:
         path = Path(folder) / "adapter.gguf"
-        write_gguf(path, weights, services.base.model.config.to_dict(), name=version.id)
+        write_gguf(path, weights, base_config(services.settings.base), name=version.id)
         stream = path.open("rb")
     return _closing(stream)  # unlinked already: gone with its last reader
 

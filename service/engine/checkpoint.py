@@ -65,6 +65,12 @@ def read_tokenizer(path_or_hub_id: str) -> tuple[Tokenizer, PretrainedConfig, in
         return _read_tokenizer(source, options), config, _max_length(config)
 
 
+def base_config(path_or_hub_id: str) -> dict[str, Any]:
+    """The base's config.json with transformers' defaults filled in; no weights are read. Raises BaseModelError."""
+    source, is_local = _locate(path_or_hub_id)
+    return _read_config(source, {"trust_remote_code": False, "local_files_only": is_local}).to_dict()
+
+
 def _locate(path_or_hub_id: str) -> tuple[str, bool]:
     """(directory or hub id, whether it is a directory)."""
     path = Path(path_or_hub_id).expanduser()

@@ -48,8 +48,10 @@ def service(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     signature = replace(base.signature, fingerprint=BASE.fingerprint)  # as the tests' control plane calls it
     base = replace(base, fingerprint=BASE.fingerprint, signature=signature)
     directory = tmp_path_factory.mktemp("real")
-    with serve_real(base, directory, _FromStore(directory, base.signature)) as running:
-        yield running
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROOTSTOCK_BASE", str(tiny_llama_dir))
+        with serve_real(base, directory, _FromStore(directory, base.signature)) as running:
+            yield running
 
 
 @pytest.fixture(scope="module")
