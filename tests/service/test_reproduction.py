@@ -65,11 +65,13 @@ def test_the_same_data_recipe_and_seed_give_the_same_digest_and_write_nothing(wo
     assert (workshop.store.digests(), workshop.control.jobs.list(workshop.control.acme.id).items) == before
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_trained_again_too(workshop: Workshop) -> None:
     model = _trained(workshop)
     assert _again(workshop, f"{model}:ckpt-step-5").same
 
 
+@pytest.mark.slow
 def test_a_continued_adapter_needs_its_parent(workshop: Workshop) -> None:
     first = _trained(workshop)
     parent = workshop.control.registry.resolve(workshop.control.acme.id, first).digest
@@ -81,6 +83,7 @@ def test_a_continued_adapter_needs_its_parent(workshop: Workshop) -> None:
         _again(workshop, model)
 
 
+@pytest.mark.slow
 def test_a_deleted_file_is_named_and_a_copy_does_in_its_place(workshop: Workshop, tmp_path: Path) -> None:
     rows = [json.dumps(row) + "\n" for row in medlars(24)]
     model = _trained(workshop)
