@@ -17,11 +17,11 @@ from typing import Any, BinaryIO
 from adapters.peft_archive import unpack
 from adapters.peft_format import CONFIG_NAME, base_check, max_weights_bytes, read_adapter
 from adapters.store import AdapterStore
+from service.base_facts import base_facts
 from service.engine.base_description import BaseDescription
 from service.errors import InvalidRequestError
 from service.provenance import FORMAT
 from service.registry import Registry
-from service.run_facts import base_facts
 from service.tenants import Tenant
 from service.versions import AdapterVersion
 

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sqlalchemy.engine import Connection
 
 from service.config import Settings
 from service.database import Database, lock_tenant, new_id
+from service.engine.base_description import BaseDescription
 from service.errors import ConflictError, NotFoundError
 from service.tables import epoch_now, merges
 from service.versions import AdapterVersion
@@ -189,6 +191,13 @@ class Merges:
     def _ended(self, state: MergeState) -> dict[str, Any]:
         expires_at = epoch_now() + self._ttl_seconds
         return {"state": state, "lease_expires_at": None, "finished_at": epoch_now(), "expires_at": expires_at}
+
+
+def merged_bytes(base: BaseDescription) -> int:
+    """About what the weights of a merged model take, at most."""
+    linear = sum(shape.in_features * shape.out_features for shape in base.signature.modules.values())
+    others = sum(prod(tensor.shape) for tensor in base.signature.embeddings.values())
+    return (linear + others) * (4 if base.quantization == "none" else 2)
 
 
 def merges_in(settings: Settings, database: Database) -> Merges | None:

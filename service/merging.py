@@ -10,7 +10,6 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters.errors import AdapterFormatError
 from adapters.peft_format import LoraWeights
-from service.engine.base_description import BaseDescription
-from service.engine.base_model import BaseModel, Quantization
+from service.engine.base_model import BaseModel
 
 MAX_SHARD_BYTES = 1024**3
 
@@ -53,13 +51,6 @@ class MergeReport:
 class _Rounding:
     lost: float = 0.0
     added: float = 0.0
-
-
-def merged_bytes(base: BaseDescription) -> int:
-    """About what the weights of a merged model take, at most."""
-    linear = sum(shape.in_features * shape.out_features for shape in base.signature.modules.values())
-    others = sum(prod(tensor.shape) for tensor in base.signature.embeddings.values())
-    return (linear + others) * (4 if base.quantization is Quantization.NONE else 2)
 
 
 def write_merged(

@@ -14,7 +14,7 @@ import torch
 
 from adapters.corpus import Corpus
 from adapters.trainer import Trainer
-from service.engine.base_description import BaseDescription
+from service.base_facts import base_facts
 from service.engine.base_model import BaseModel
 from service.errors import NotFoundError
 from service.files import Files
@@ -40,15 +40,6 @@ def facts_of_run(base: BaseModel, files: Files, job: Job, data: TuningData, trai
         "base": {**base_facts(base), "dtype": str(base.dtype).removeprefix("torch.")},
         "software": software_facts(),
         "compute": compute_facts(base.device),
-    }
-
-
-def base_facts(base: BaseDescription) -> dict[str, Any]:
-    return {
-        "name": base.name,
-        "fingerprint": base.fingerprint,
-        "quantization": base.quantization.value,
-        "max_model_len": base.max_model_len,
     }
 
 

@@ -26,7 +26,6 @@ from service.api.pages import list_body, only_query
 from service.api.services import Services, ServicesDep
 from service.card import make_card
 from service.card_markdown import card_markdown
-from service.engine.checkpoint import base_config
 from service.errors import InvalidRequestError, TooLargeError
 from service.versions import AdapterVersion
 
@@ -148,6 +147,8 @@ def _reached_at(request: Request) -> str:
 
 def _gguf_chunks(services: Services, version: AdapterVersion, directory: Path) -> Iterator[bytes]:
     """Written whole before the first byte leaves, so that an adapter which cannot be one is a 400."""
+    from service.engine.checkpoint import base_config  # attention kernels, which the API's process does without
+
     weights = read_adapter(directory, services.base.signature, max_rank=services.settings.max_lora_rank)
     with tempfile.TemporaryDirectory(prefix="rootstock-gguf-") as folder:
         path = Path(folder) / "adapter.gguf"

@@ -15,8 +15,7 @@ from service.api.auth import TenantDep
 from service.api.pages import list_body, only_query
 from service.api.services import Services, ServicesDep
 from service.errors import ConflictError, InvalidRequestError, NotFoundError
-from service.merges import Merge, Merges, MergeState
-from service.merging import merged_bytes
+from service.merges import Merge, Merges, MergeState, merged_bytes
 
 router = APIRouter(tags=["merges"])
 
