@@ -44,6 +44,7 @@ def test_a_verdict_against_it_leaves_the_alias_and_says_why(control: Control) ->
     version = control.registry.version(control.acme.id, second)
     assert version.metrics["evaluation"]["task"] == "labels", "the version is published all the same"
     assert version.metrics["evaluation"]["gate"]["reasons"] == list(FAILED.reasons)
+    assert version.job_id is not None
     events = control.jobs.events(control.acme.id, version.job_id).items
     (told,) = [event for event in events if event.level is EventLevel.WARN]
     assert told.message == f"Gate not passed, alias 'best' stays where it is: {FAILED.reasons[0]}"
