@@ -49,7 +49,6 @@ _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
     "exclude_modules": (None, []),
-    "layers_pattern": (None, [], ""),
 }
 
 # Initialisations that leave the base as it was. The others (PiSSA, OLoRA, CorDA, LoftQ, …) change the base's weights:

@@ -353,7 +353,7 @@ def test_preferences_are_learned_told_published_and_served(workshop: Workshop) -
     assert "train_mean_token_accuracy" not in last
     resolved = workshop.job(job).resolved
     assert resolved is not None and resolved["beta"] == 0.1
-    (file_id,) = workshop.job(job).result_files
+    file_id, _ = workshop.job(job).result_files
     with workshop.control.files.open(workshop.control.acme.id, file_id) as stream:
         rows = list(csv.DictReader(io.StringIO(stream.read().decode())))
     assert len(rows) == 10
