@@ -29,7 +29,8 @@ demo: install  ## the whole story in four minutes: three tenants, three adapters
 serve: install  ## leave the service running on the bundled base (API on 8000, metrics on 9400)
 	$(BIN)/rootstock serve
 
-check: lint fast  ## what a commit must pass, in two minutes: linters, types, import contract, fast tests
+check: install  ## what a commit must pass, in two minutes: linters, types, import contract, fast tests
+	@$(MAKE) --no-print-directory -j 2 lint fast
 
 lint: install
 	$(BIN)/ruff check .
@@ -38,7 +39,7 @@ lint: install
 	$(BIN)/lint-imports --no-logo
 
 fast: install
-	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/pytest -m "not slow" -n 2 --dist worksteal
 
 test: lint  ## everything: linters, types, import contract and all tests
 	$(BIN)/pytest

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 
-# Before the first import of torch or transformers: both read these once.
+# Before the first import of torch, numba or transformers: they read these once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # with more, a kernel's call gives its thread's torch as many
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import gc
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -17,8 +20,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton: its kernels then run on the CPU
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
 
@@ -46,6 +49,8 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Every in_features is a multiple of 64, so it quantizes to NF4. Byte-level BPE: any text round-trips.
     The same seed always, so the weights are the same in every run. Read only: copy before changing it.
     """
+    from transformers import LlamaConfig, LlamaForCausalLM  # xdist's controller reads this file and needs none of it
+
     directory = tmp_path_factory.mktemp("tiny-llama")
     tokenizer = _byte_level_tokenizer()
     tokenizer.save_pretrained(directory)
@@ -70,6 +75,9 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -87,6 +95,12 @@ def _byte_level_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<|pad|>",
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: the garbage collector need not look at these million objects again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
+import numba
 import pytest
 import torch
 
 from adapters.lora import Chunk, Chunks, RowSlots, _add_compiled, _add_products
+from tests import kernel_bits
 from tests.adapters.lora_mixes import MIXES, one_by_one, random_table, rows_of
 
 CPU = torch.device("cpu")
@@ -67,3 +72,11 @@ def test_what_lies_behind_an_adapter_s_own_rank_costs_nothing() -> None:
     expected = one_by_one(adapters, slots, x, y)
     _add_compiled(table, Chunks([Chunk(0, 3, 1)]), RowSlots([0, 1], 3), x, y)
     torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_two_threads_give_the_bits_of_one() -> None:
+    child = [sys.executable, "-m", "tests.kernel_bits"]
+    environ = {**os.environ, "NUMBA_NUM_THREADS": "2"}
+    done = subprocess.run(child, env=environ, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["2", kernel_bits.digest()]
+    assert numba.get_num_threads() == 1

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import cast
 
@@ -17,7 +19,7 @@ import pytest
 import structlog
 import uvicorn
 from fastapi import FastAPI
-from openai import OpenAI
+from openai import DefaultHttpxClient, OpenAI
 from pydantic import SecretStr
 from starlette.types import ASGIApp
 
@@ -54,16 +56,19 @@ class Served:
     engine: FakeEngine
     metrics: Metrics
     health: Health
-    operations: tuple[tuple[str, str], ...]
-    """(method, path) of everything the API answers."""
     rollout: Rollout
+    api: FastAPI
     closing: ExitStack
     """Closes, with the service, what its tests opened."""
-    app: FastAPI
 
     def add_merges(self, merges: Merges, base: BaseModel) -> None:
         """From now on the service takes merges, into this base."""
-        self.app.state.services = replace(self.app.state.services, merges=merges, base=base)
+        self.api.state.services = replace(self.api.state.services, merges=merges, base=base)
+
+    @property
+    def operations(self) -> list[tuple[str, str]]:
+        """(method, path) of everything the API answers."""
+        return [(method, path) for path, methods in self.api.openapi()["paths"].items() for method in methods]
 
     def client(self, api_key: str | None = None, *, strict: bool = True) -> OpenAI:
         """The official client, validating every answer, and not hiding failures behind retries."""
@@ -72,13 +77,15 @@ class Served:
             api_key=api_key or self.control.acme_key,
             max_retries=0,
             _strict_response_validation=strict,
+            http_client=DefaultHttpxClient(verify=certificates()),
         )
         self.closing.callback(client.close)
         return client
 
     def http(self, api_key: str | None = None) -> httpx.Client:
         headers = {"authorization": f"Bearer {api_key or self.control.acme_key}"}
-        return self.closing.enter_context(httpx.Client(base_url=self.url, headers=headers, timeout=30))
+        client = httpx.Client(base_url=self.url, headers=headers, timeout=30, verify=certificates())
+        return self.closing.enter_context(client)
 
     def admin(self) -> httpx.Client:
         return self.http(ADMIN_KEY)
@@ -91,7 +98,14 @@ class Served:
             time.sleep(0.005)
 
     def scrape(self, accept: str = "text/plain") -> str:
-        return httpx.get(f"{self.ops_url}/metrics", headers={"accept": accept}).raise_for_status().text
+        url = f"{self.ops_url}/metrics"
+        return httpx.get(url, headers={"accept": accept}, verify=certificates()).raise_for_status().text
+
+
+@cache
+def certificates() -> ssl.SSLContext:
+    """What every client would read from the disk for itself, though none here speaks TLS."""
+    return httpx.create_ssl_context()
 
 
 @pytest.fixture
@@ -142,9 +156,8 @@ def serve_fake(directory: Path, **settings: object) -> Iterator[Served]:
             ),
         )
         app = create_app(services)
-        operations = tuple((method, path) for path, methods in app.openapi()["paths"].items() for method in methods)
         api_url, ops_url = stack.enter_context(serve_apps(app, create_ops_app(metrics, health)))
-        yield Served(api_url, ops_url, control, engine, metrics, health, operations, services.rollout, stack, app)
+        yield Served(api_url, ops_url, control, engine, metrics, health, services.rollout, app, stack)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import structlog
-from openai import OpenAI
+from openai import DefaultHttpxClient, OpenAI
 from pydantic import SecretStr
 
 from adapters.peft_format import LoraWeights
@@ -32,7 +32,7 @@ from service.metrics import Metrics
 from service.rollout import open_rollout
 from tests.adapters.loras import random_lora
 from tests.service.control_fixtures import Control, make_control
-from tests.service.http_fixtures import ADMIN_KEY, serve_apps
+from tests.service.http_fixtures import ADMIN_KEY, certificates, serve_apps
 
 __all__ = ["real_service"]
 
@@ -54,13 +54,20 @@ class RealService:
     control: Control
 
     def client(self, *, strict: bool = True) -> OpenAI:
-        client = OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, _strict_response_validation=strict)
+        client = OpenAI(
+            base_url=f"{self.url}/v1",
+            api_key=self.key,
+            max_retries=0,
+            _strict_response_validation=strict,
+            http_client=DefaultHttpxClient(verify=certificates()),
+        )
         self.closing.callback(client.close)
         return client
 
     def http(self) -> httpx.Client:
         headers = {"authorization": f"Bearer {self.key}"}
-        return self.closing.enter_context(httpx.Client(base_url=self.url, headers=headers, timeout=60))
+        client = httpx.Client(base_url=self.url, headers=headers, timeout=60, verify=certificates())
+        return self.closing.enter_context(client)
 
 
 @pytest.fixture(scope="module")

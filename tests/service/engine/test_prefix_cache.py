@@ -66,7 +66,8 @@ async def test_an_answer_has_the_same_bits_with_and_without_the_cache(
     long = prompt(300)
     cold, hot = make_rig(either_base, prefix_cache="off"), make_rig(either_base)
     await answer(hot, long, adapter)
-    shared = [(n, tail) for n in (31, 32, 33, 63, 100, 128, 130, 170, 200, 256, 299) for tail in (1, 2, 5, 30)]
+    lengths = (31, 32, 33, 63, 100, 128, 130, 170, 200, 256, 299)
+    shared = [(n, tail) for index, n in enumerate(lengths) for tail in ((1, 30) if index % 2 else (2, 5))]
     for n, tail in shared:
         asked = long[:n] + prompt(tail, seed=1000 + n)
         expected, none = await answer(cold, asked, adapter)
