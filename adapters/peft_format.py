@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from math import prod
+from math import inf, isfinite, prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +27,7 @@ _KEY_PREFIX = "base_model.model."
 _PATTERN_KEY = re.compile(r"\^?(?:\\\.|[\w.-])+\$?")
 """A module's name or its end. PEFT takes any regular expression here, but one that comes from outside may never end."""
 
+_LORA_KEY = re.compile(re.escape(_KEY_PREFIX) + r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _FLOAT_DTYPES = {"F32", "F16", "BF16", "F64"}
 
 WHY_NO_DORA = (
@@ -195,7 +196,9 @@ def read_adapter(directory: Path, base: BaseSignature, *, max_rank: int) -> Lora
     spec = _read_config(directory, base, max_rank)
     expected = {name: base.modules[name] for name in spec.matching(base)}
     tensors = _read_tensors(directory / WEIGHTS_NAME, base, expected, spec)
-    return LoraWeights(spec, {n: _checked_pair(n, shape, spec, tensors) for n, shape in expected.items()})
+    modules = {name: _pair(name, spec, tensors) for name in expected}
+    _check_finite(modules)
+    return LoraWeights(spec, modules)
 
 
 def max_weights_bytes(base: BaseSignature, max_rank: int) -> int:
@@ -386,7 +389,7 @@ def _classify(keys: Iterable[str], expected: Mapping[str, LinearShape]) -> tuple
     """Tell LoRA tensors (key -> module, "A"|"B") from copies of embeddings; anything else is refused."""
     found, copies, strangers = {}, [], []
     for key in keys:
-        match = re.fullmatch(re.escape(_KEY_PREFIX) + r"(.+)\.lora_([AB])(?:\.default)?\.weight", key)
+        match = _LORA_KEY.fullmatch(key)
         if match and match[1] in expected:
             found[key] = (match[1], match[2])
         elif not match and key.startswith(_KEY_PREFIX) and key.endswith(".weight") and ".lora_" not in key:
@@ -424,11 +427,19 @@ def _check_copy(file: Any, key: str, base: BaseSignature) -> None:
         raise BaseMismatchError(f"{key} differs from the base's own: trained embeddings cannot be served")
 
 
-def _checked_pair(name: str, shape: LinearShape, spec: LoraSpec, tensors: dict[str, torch.Tensor]) -> LoraPair:
+def _pair(name: str, spec: LoraSpec, tensors: dict[str, torch.Tensor]) -> LoraPair:
     a, b = (tensors[f"{name}.lora_{half}"].to(torch.float32) for half in "AB")
-    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise AdapterFormatError(f"{name} has NaN or infinite weights", check="finite")
     return LoraPair(a, b, spec.scaling_of(name))
+
+
+def _check_finite(modules: Mapping[str, LoraPair]) -> None:
+    """The largest magnitude of all tensors in one call; one by one only to name the culprit."""
+    tensors = [tensor for pair in modules.values() for tensor in (pair.a, pair.b)]
+    if isfinite(torch.nn.utils.get_total_norm(tensors, inf).item()):
+        return
+    for name, pair in modules.items():
+        if not (torch.isfinite(pair.a).all() and torch.isfinite(pair.b).all()):
+            raise AdapterFormatError(f"{name} has NaN or infinite weights", check="finite")
 
 
 def _written_targets(spec: LoraSpec, weights: LoraWeights, base: BaseSignature) -> list[str]:

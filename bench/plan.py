@@ -28,7 +28,16 @@ class Plan:
     co_serving_seconds: float = 6.0
     """How long each state (serving alone, training alone, both) is watched in a round."""
 
+    prefix_rounds: int = 3
+    prefix_tokens: int = 768
+    """Of the system prompt that all requests share."""
+    prefix_requests: int = 8
+
     tier_rounds: int = 3
+    tier_registered: int = 2000
+    """Adapters in the registry, against a handful."""
+    tier_small_requests: int = 16
+    """Of a small tenant beside a flood, at least."""
     tier_requests: int = 128
     """Of all clients together, in one round of each variant."""
 
@@ -50,8 +59,12 @@ class Plan:
             probe_idle_seconds=0.3,
             training_rounds=1,
             training_steps=2,
+            prefix_rounds=1,
+            prefix_requests=2,
             tier_rounds=1,
+            tier_registered=200,
+            tier_small_requests=4,
             tier_requests=16,
             co_serving_rounds=1,
-            co_serving_seconds=1.0,
+            co_serving_seconds=0.5,
         )

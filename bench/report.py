@@ -20,7 +20,8 @@ _COLUMNS = ("what", "median", "lowest to highest", "goal", "best reference")
 def show(results: Mapping[str, Any], console: Console) -> None:
     """One table per measurement, ratios last, green or red where there is a goal. References are in the document."""
     for section, entries in results["sections"].items():
-        table = Table(title=section, title_justify="left", title_style="bold", expand=False)
+        title = f"{section} (quick sizes: not to be quoted)" if results["quick"] else section
+        table = Table(title=title, title_justify="left", title_style="bold", expand=False)
         for column in _COLUMNS[:-1]:
             table.add_column(column)
         for entry in entries:

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from bench import against_peers, co_serving, decode, streaming, tiers, training
+from bench import against_peers, co_serving, decode, prefix, streaming, tiers, training
 from bench.measurement import Entry
 from bench.plan import Plan
 from bench.subject import Subject, prepare
@@ -17,6 +17,7 @@ MEASUREMENTS: dict[str, tuple[str, Measurement]] = {
     "decode": ("Many adapters in one batch", decode.measure),
     "peers": ("Against transformers and PEFT", against_peers.measure),
     "http": ("Through HTTP", streaming.measure),
+    "prefix": ("A beginning that prompts share", prefix.measure),
     "tiers": ("More adapters than slots, more requests than seats", tiers.measure),
     "training": ("Training", training.measure),
     "co-serving": ("Training beside serving", co_serving.measure),

@@ -18,7 +18,7 @@ from bench.serving import Row, random_prompts
 from bench.subject import Subject
 from bench.traffic import Client, TrafficRig, p99, traffic
 
-FEW, MANY = 5, 2000
+FEW = 5
 NUM_CLIENTS = 16
 NUM_DECODING = 8
 """Answers that run while others' adapters are swapped."""
@@ -43,7 +43,7 @@ def _many_registered(subject: Subject, plan: Plan, tick: Callable[[str], None]) 
     prompts = random_prompts(subject.sizes.vocabulary, 64, 32, 64, seed=5)
     with ExitStack() as stack:
         variants = {}
-        for num in (FEW, MANY):
+        for num in (FEW, plan.tier_registered):
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rootstock-bench-store-")))
             tick(f"making {num} adapters")
             models = stack.enter_context(registered(subject, directory, num))
@@ -51,8 +51,8 @@ def _many_registered(subject: Subject, plan: Plan, tick: Callable[[str], None]) 
             _power_law(rig, models, prompts, num, 2 * NUM_CLIENTS)()
             variants[f"{num} registered"] = _power_law(rig, models, prompts, num, plan.tier_requests)
         samples = interleave(variants, plan.tier_rounds, tick)
-    name = f"{MANY} registered ÷ {FEW} registered"
-    above, below = (f"{num} registered.throughput" for num in (MANY, FEW))
+    name = f"{plan.tier_registered} registered ÷ {FEW} registered"
+    above, below = (f"{num} registered.throughput" for num in (plan.tier_registered, FEW))
     return [
         quantity(above, samples, "tokens/s"),
         quantity(below, samples, "tokens/s"),
@@ -158,7 +158,10 @@ def _flood(subject: Subject, plan: Plan, tick: Callable[[str], None]) -> list[En
     def first_token(rig: TrafficRig, small: tuple[int, int], num_flooding: int) -> Mapping[str, float]:
         num_clients, num_tokens = small
         each = plan.tier_requests // 8
-        mine = [Client(rows(max(each, 16 // num_clients)), num_tokens, "small") for _ in range(num_clients)]
+        mine = [
+            Client(rows(max(each, plan.tier_small_requests // num_clients)), num_tokens, "small")
+            for _ in range(num_clients)
+        ]
         flood = [Client(rows(None), LONG_ANSWER_TOKENS, "flood") for _ in range(num_flooding)]
         return {"first token p99": rig.converse(mine, flood).p99_first_token_ms}
 

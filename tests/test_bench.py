@@ -112,9 +112,8 @@ def test_the_document_carries_the_numbers_of_the_newest_file() -> None:
 
 
 def test_every_row_of_the_tiers_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiers, "MANY", 40)
     monkeypatch.setattr(tiers, "LONG_ANSWER_TOKENS", 40)
-    plan = replace(Plan.quick(cuda=False), sizes=MICRO, num_rows=32)
+    plan = replace(Plan.quick(cuda=False), sizes=MICRO, num_rows=32, tier_registered=40)
     (entries,) = run(plan, ["tiers"], lambda step: None).values()
     with_goals = {entry.name: str(entry.goal) for entry in entries if entry.goal}
     assert with_goals == {
@@ -126,6 +125,17 @@ def test_every_row_of_the_tiers_is_measured(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(0 < entry.low <= entry.value <= entry.high for entry in entries)
     assert "40 registered ÷ 5 registered" in [entry.name for entry in entries]
     assert goal("2000 registered ÷ 5 registered", cuda=False) is not None
+
+
+def test_a_shared_beginning_is_measured_reused_and_computed() -> None:
+    plan = replace(Plan.quick(cuda=False), sizes=MICRO, num_rows=2, prefix_tokens=80)
+    (entries,) = run(plan, ["prefix"], lambda step: None).values()
+    assert [entry.name for entry in entries] == [
+        "prefix computed.first token",
+        "prefix reused.first token",
+        "first token, shared prefix reused ÷ computed",
+    ]
+    assert all(entry.value > 0 for entry in entries)
 
 
 def test_the_bound_of_a_quantile_is_that_of_the_bucket_it_lies_in() -> None:
