@@ -123,10 +123,10 @@ def test_a_sane_request_id_is_echoed_and_another_replaced(shared_service: Served
 def test_an_unexpected_exception_is_a_500_that_names_the_request_but_not_the_cause(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def explode(tenant_id: str, model: str) -> None:
+    def explode(*asked: object) -> None:
         raise RuntimeError("the password is swordfish")
 
-    monkeypatch.setattr(served.control.registry, "resolve", explode)
+    monkeypatch.setattr(served.control.registry, "route", explode)
     with structlog.testing.capture_logs() as logs:
         answer = _post(served, json={"model": "tiny", "messages": [{"role": "user", "content": "x"}]})
     assert answer.status_code == 500
