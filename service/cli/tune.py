@@ -12,6 +12,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from service.cli.client import DEFAULT_URL, ApiKey, Service, Url, as_tenant, console, fail, interactive
+from service.job import Method, Preset
 
 POLL_SECONDS = 0.5
 FINAL = frozenset({"succeeded", "failed", "cancelled"})
@@ -27,6 +28,16 @@ def tune(
         Path | None, typer.Option(exists=True, dir_okay=False, help="Held-out examples; else some are split off.")
     ] = None,
     alias: Annotated[str | None, typer.Option(help="Point this alias at the new model when it is there.")] = None,
+    method: Annotated[
+        Method, typer.Option(help="What the examples are: answers, or pairs of them.")
+    ] = Method.SUPERVISED,
+    preset: Annotated[
+        Preset | None, typer.Option(help="How much is spent on the run; what is asked for below wins.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop when the data report has errors.")] = False,
+    gate: Annotated[
+        bool, typer.Option("--gate/--no-gate", help="Move the alias only if the candidate passes the tenant's gate.")
+    ] = True,
     epochs: Annotated[int | None, typer.Option(min=1, max=50, help="Passes over the examples.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, max=256, help="Examples of one step.")] = None,
@@ -47,7 +58,10 @@ def tune(
                 "suffix": suffix,
                 "seed": seed,
                 "alias": alias,
-                "method": {"type": "supervised", "supervised": {"hyperparameters": _given(hyperparameters)}},
+                "strict": strict or None,
+                "gate": None if gate else "off",
+                "preset": preset,
+                "method": {"type": method, method: {"hyperparameters": _given(hyperparameters)}},
             },
         )
         console.print(f"job {job['id']} trains on {file.name}")

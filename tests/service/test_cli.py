@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from service.cli import app
-from service.job import EventLevel, EventType
+from service.job import EventLevel, EventType, Method, Preset
 from tests.service.http_fixtures import ADMIN_KEY, Served
 
 EXAMPLE = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
@@ -73,6 +73,15 @@ def test_a_failed_job_is_an_exit_status_and_a_reason(served: Served, run: Run, e
     tuned = run("tune", "--file", str(examples), "--wait")
     worker.join()
     assert tuned.exit_code == 1 and "failed: line 3 is no JSON" in tuned.stderr
+
+
+def test_tune_asks_for_method_preset_strictness_and_gate(served: Served, run: Run, examples: Path) -> None:
+    options = ["--method", "dpo", "--preset", "light", "--strict", "--no-gate"]
+    assert run("tune", "--file", str(examples), *options).exit_code == 0
+    (created,) = served.client().fine_tuning.jobs.list().data
+    job = served.control.jobs.get(served.control.acme.id, created.id)
+    assert (job.spec.method, job.spec.preset, job.spec.strict) == (Method.DPO, Preset.LIGHT, True)
+    assert job.spec.gate.as_dict()["enabled"] is False
 
 
 def test_without_wait_tune_returns_once_the_job_is_created(served: Served, run: Run, examples: Path) -> None:
