@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from adapters.errors import AdapterFormatError
-from adapters.peft_format import LoraWeights
+from adapters.lora_weights import LoraWeights
 
 ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,

@@ -26,7 +26,7 @@ from torch import nn
 
 from adapters import jit
 from adapters.lora_cpu import BLOCK, add_blocks, add_rows
-from adapters.peft_format import LoraPair
+from adapters.lora_weights import LoraPair
 
 
 @dataclass(frozen=True)

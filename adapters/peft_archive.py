@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from adapters.errors import AdapterFormatError
-from adapters.peft_format import CONFIG_NAME, WEIGHTS_NAME
+from adapters.peft_config import CONFIG_NAME
+from adapters.peft_format import WEIGHTS_NAME
 
 README_NAME = "README.md"
 MAX_CONFIG_BYTES = 256 * 1024

@@ -6,184 +6,25 @@ base model (`BaseSignature`), not the base itself, and nothing of slots or store
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from math import inf, isfinite, prod
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from adapters.errors import AdapterFormatError, BaseMismatchError
+from adapters.lora_weights import BaseSignature, LinearShape, LoraPair, LoraSpec, LoraWeights
+from adapters.peft_config import CONFIG_NAME, read_config
 
-CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _KEY_PREFIX = "base_model.model."
-_PATTERN_KEY = re.compile(r"\^?(?:\\\.|[\w.-])+\$?")
-"""A module's name or its end. PEFT takes any regular expression here, but one that comes from outside may never end."""
-
 _LORA_KEY = re.compile(re.escape(_KEY_PREFIX) + r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _FLOAT_DTYPES = {"F32", "F16", "BF16", "F64"}
-
-WHY_NO_DORA = (
-    "DoRA rescales the base's own output by the norm of W + B A, row by row; here the base's product is shared by all"
-    " adapters of a batch, so a DoRA adapter would be served wrongly. Use plain LoRA or use_rslora"
-)
-
-# PEFT options that would change what the tensors mean. A value in the tuple is harmless; any other is refused.
-_ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
-    "use_bdlora": (False, None),
-    "use_qalora": (False, None),
-    "lora_bias": (False, None),
-    "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, {}, []),
-    "layer_replication": (None, []),
-    "alora_invocation_tokens": (None, []),
-    "arrow_config": (None,),
-    "exclude_modules": (None, []),
-}
-
-# Initialisations that leave the base as it was. The others (PiSSA, OLoRA, CorDA, LoftQ, …) change the base's weights:
-# what they learned fits no unchanged base, unless PEFT converted it on saving, which sets this to true.
-_HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-
-# What else PEFT writes, that changes nothing once an adapter is trained.
-_READ_OR_HARMLESS = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
-    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
-    "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
-    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
-}  # fmt: skip
-
-
-class LinearShape(NamedTuple):
-    """Sizes of one linear layer of the base: weight is [out_features, in_features]."""
-
-    in_features: int
-    out_features: int
-
-
-@dataclass(frozen=True)
-class TensorIdentity:
-    """A tensor of the base by its content, so that a copy can be told without the tensor itself."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    sha256: str
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> TensorIdentity:
-        return cls(tuple(tensor.shape), tensor.dtype, _sha256(tensor))
-
-    def is_copied_by(self, tensor: torch.Tensor) -> bool:
-        """Whether `tensor`, rounded to this one's dtype, has the same values."""
-        return tuple(tensor.shape) == self.shape and _sha256(tensor.to(self.dtype)) == self.sha256
-
-
-def _sha256(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
-
-
-@dataclass(frozen=True)
-class BaseSignature:
-    """What an adapter has to fit: module names with their shapes, the base's names and its fingerprint.
-
-    `names` are those that `base_model_name_or_path` may end in. `embeddings` identifies the base's own input and
-    output embedding weights by name: PEFT saves copies of them beside an `lm_head` adapter.
-    """
-
-    modules: Mapping[str, LinearShape]
-    fingerprint: str
-    names: frozenset[str] = frozenset()
-    head: str | None = None
-    embeddings: Mapping[str, TensorIdentity] = field(default_factory=dict)
-
-
-class LoraPair(NamedTuple):
-    """One module's update: `y += (x @ a.T) @ b.T * scaling`; a: [r, in_features], b: [out_features, r]."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scaling: float
-
-
-@dataclass(frozen=True)
-class LoraSpec:
-    """The choice of a LoRA, in PEFT's words. `target_modules="all-linear"` leaves the output head alone."""
-
-    r: int = 16
-    lora_alpha: float = 32.0
-    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    use_rslora: bool = False
-    lora_dropout: float = 0.0
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    layers_to_transform: tuple[int, ...] | None = None
-
-    def matching(self, base: BaseSignature) -> list[str]:
-        """Modules of the base that this spec adapts, in the base's order.
-
-        Raises:
-            AdapterFormatError: a target matches no module (check `match`): it would be a silent no-op.
-        """
-        if self.target_modules == "all-linear":
-            targets: tuple[str, ...] | None = None
-            names = [name for name in base.modules if name != base.head]
-        else:
-            targets = self.target_modules
-            names = [n for n in base.modules if any(n == t or n.endswith("." + t) for t in targets)]
-            for target in targets:
-                if not any(n == target or n.endswith("." + target) for n in names):
-                    known = sorted({n.rsplit(".", 1)[-1] for n in base.modules})
-                    raise AdapterFormatError(
-                        f"target_modules names {target!r}, which matches no linear layer of the base"
-                        f" (it has {', '.join(known)})",
-                        check="match",
-                        param="target_modules",
-                    )
-        if self.layers_to_transform is not None:
-            wanted = set(self.layers_to_transform)
-            missing = wanted - {_layer_index(n) for n in base.modules}
-            if missing:
-                raise AdapterFormatError(
-                    f"layers_to_transform names layer {min(missing)}, which the base lacks (it has 0 to"
-                    f" {max((_layer_index(n) or 0 for n in base.modules), default=0)})",
-                    check="match",
-                    param="layers_to_transform",
-                )
-            names = [n for n in names if _layer_index(n) in wanted]
-        if not names:
-            raise AdapterFormatError("no layer of the base is adapted", check="match", param="target_modules")
-        return names
-
-    def rank_of(self, module: str) -> int:
-        return int(_from_pattern(self.rank_pattern, module, self.r))
-
-    def scaling_of(self, module: str) -> float:
-        alpha = float(_from_pattern(self.alpha_pattern, module, self.lora_alpha))
-        rank = self.rank_of(module)
-        return alpha / rank**0.5 if self.use_rslora else alpha / rank
-
-
-@dataclass(frozen=True)
-class LoraWeights:
-    """One adapter in host memory."""
-
-    spec: LoraSpec
-    modules: Mapping[str, LoraPair]
-
-    @property
-    def max_rank(self) -> int:
-        return max(pair.a.shape[0] for pair in self.modules.values())
 
 
 def read_adapter(directory: Path, base: BaseSignature, *, max_rank: int) -> LoraWeights:
@@ -193,7 +34,8 @@ def read_adapter(directory: Path, base: BaseSignature, *, max_rank: int) -> Lora
         AdapterFormatError: `check` names what failed: files, pickle, config, unsupported, rank, base,
             safetensors, match, shape, dtype, finite.
     """
-    spec = _read_config(directory, base, max_rank)
+    _check_files(directory)
+    spec = read_config(directory, base, max_rank)
     expected = {name: base.modules[name] for name in spec.matching(base)}
     tensors = _read_tensors(directory / WEIGHTS_NAME, base, expected, spec)
     modules = {name: _pair(name, spec, tensors) for name in expected}
@@ -268,102 +110,13 @@ def _with_sorted_metadata(data: bytes) -> bytes:
     return data[:8] + encoded.ljust(size) + data[8 + size :]
 
 
-def _read_config(directory: Path, base: BaseSignature, max_rank: int) -> LoraSpec:
+def _check_files(directory: Path) -> None:
     if not (directory / CONFIG_NAME).is_file():
         raise AdapterFormatError(f"{CONFIG_NAME} is missing", check="files")
     if not (directory / WEIGHTS_NAME).is_file():
         if any(directory.glob("*.bin")) or any(directory.glob("*.pt")) or any(directory.glob("*.pkl")):
             raise AdapterFormatError("pickled weights are refused; save as safetensors", check="pickle")
         raise AdapterFormatError(f"{WEIGHTS_NAME} is missing", check="files")
-    try:
-        config = json.loads((directory / CONFIG_NAME).read_text())
-    except (ValueError, RecursionError) as error:
-        raise AdapterFormatError(f"{CONFIG_NAME} is not JSON: {error}", check="config") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise AdapterFormatError("peft_type must be 'LORA'", check="config")
-    if config.get("auto_mapping"):
-        config.pop("auto_mapping")  # a class name for PEFT's auto models; nothing is imported from it here
-    for option, harmless in _ONLY_SUPPORTED.items():
-        if option in config and config[option] not in harmless:
-            if option == "use_dora":
-                raise AdapterFormatError(f"use_dora: {WHY_NO_DORA}", check="unsupported")
-            raise AdapterFormatError(f"{option}={_shown(config[option])} is not supported", check="unsupported")
-    if config.get("init_lora_weights") not in _HARMLESS_INITS:
-        raise AdapterFormatError(
-            f"init_lora_weights={_shown(config['init_lora_weights'])} changes the base; save the adapter converted to a"
-            " plain LoRA (PEFT: path_initial_model_for_weight_conversion)",
-            check="unsupported",
-        )
-    for option in config.keys() - _ONLY_SUPPORTED.keys() - _READ_OR_HARMLESS:
-        if config[option] not in (None, False, [], {}, ""):
-            raise AdapterFormatError(f"{option}={_shown(config[option])} is not known here", check="unsupported")
-    _check_layers_pattern(config.get("layers_pattern"), base)
-    _check_base_name(config.get("base_model_name_or_path"), base)
-    return _spec_from_config(config, max_rank)
-
-
-def _check_layers_pattern(patterns: Any, base: BaseSignature) -> None:
-    """PEFT's `layers_pattern` says which list `layers_to_transform` counts; here it is always the outermost."""
-    names = [patterns] if isinstance(patterns, str) else patterns or []
-    indexed = [name for name in base.modules if _layer_index(name) is not None]
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise AdapterFormatError("layers_pattern is malformed", check="config")
-    if names and not all(any(re.match(rf"([^.]+\.)*?{re.escape(n)}\.\d+\.", m) for n in names) for m in indexed):
-        raise AdapterFormatError(f"layers_pattern={patterns!r} is not the base's list of layers", check="unsupported")
-
-
-def _check_base_name(named: Any, base: BaseSignature) -> None:
-    if not named or not base.names:
-        return
-    if not isinstance(named, str):
-        raise AdapterFormatError("base_model_name_or_path is not a string", check="config")
-    if named in base.names or re.split(r"[/\\]", named.rstrip("/\\"))[-1] in base.names:
-        return
-    raise BaseMismatchError(f"the adapter was made for base {named!r}; loaded is {' = '.join(sorted(base.names))}")
-
-
-def _spec_from_config(config: dict[str, Any], max_rank: int) -> LoraSpec:
-    targets = config.get("target_modules")
-    layers = config.get("layers_to_transform")
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    well_formed = (
-        _is_int(config.get("r"))
-        and _is_number(config.get("lora_alpha", 8))
-        and _is_number(config.get("lora_dropout") or 0.0)
-        and (isinstance(targets, str) or _is_list_of(targets, str))
-        and (layers is None or _is_int(layers) or _is_list_of(layers, int))
-        and isinstance(ranks, dict)
-        and all(_is_int(v) for v in ranks.values())
-        and isinstance(alphas, dict)
-        and all(_is_number(v) for v in alphas.values())
-    )
-    if not well_formed:
-        raise AdapterFormatError(
-            "r, lora_alpha, target_modules, rank_pattern or alpha_pattern is malformed", check="config"
-        )
-    for key in (*ranks, *alphas):
-        if not _PATTERN_KEY.fullmatch(key):
-            raise AdapterFormatError(
-                f"the pattern {_shown(key)}: only names of modules are taken, not regular expressions",
-                check="unsupported",
-            )
-    for rank in (config["r"], *ranks.values()):
-        if not 1 <= rank <= max_rank:
-            raise AdapterFormatError(f"rank {rank} is outside 1..{max_rank}", check="rank")
-    if isinstance(targets, str) and targets != "all-linear":
-        raise AdapterFormatError(f"target_modules as a regular expression ({_shown(targets)})", check="unsupported")
-    return LoraSpec(
-        r=config["r"],
-        lora_alpha=config.get("lora_alpha", 8),
-        target_modules="all-linear" if isinstance(targets, str) else tuple(sorted(targets or ())),
-        use_rslora=bool(config.get("use_rslora", False)),
-        lora_dropout=float(config.get("lora_dropout") or 0.0),
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
-        layers_to_transform=None
-        if layers is None
-        else tuple(sorted({layers} if isinstance(layers, int) else {*layers})),
-    )
 
 
 def _read_tensors(
@@ -450,36 +203,5 @@ def _written_targets(spec: LoraSpec, weights: LoraWeights, base: BaseSignature) 
     return sorted(suffixes if set(explicit.matching(base)) == set(weights.modules) else weights.modules)
 
 
-def _from_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
-    """PEFT's rule: the first pattern that is the module's name (its end, unless `^` stands before it)."""
-    for key, value in pattern.items():
-        name = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
-        if module == name or (not key.startswith("^") and module.endswith("." + name)):
-            return value
-    return default
-
-
-def _layer_index(module: str) -> int | None:
-    match = re.search(r"\.(\d+)\.", module)
-    return int(match[1]) if match else None
-
-
 def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
-
-
-def _is_list_of(value: Any, kind: type) -> bool:
-    return isinstance(value, list | tuple) and bool(value) and all(isinstance(v, kind) for v in value)

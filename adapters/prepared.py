@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from adapters.lora import BatchedLoraLinear, PackedLora, pack
-from adapters.peft_format import LoraWeights
+from adapters.lora_weights import LoraWeights
 
 RANK_STEP = 8
 """Tables and packed adapters are as wide as a multiple of this."""

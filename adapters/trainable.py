@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from adapters.lora import BatchedLoraLinear
-from adapters.peft_format import BaseSignature, LoraPair, LoraSpec, LoraWeights
+from adapters.lora_weights import BaseSignature, LoraPair, LoraSpec, LoraWeights
 
 
 class TrainableLora:

@@ -21,11 +21,11 @@ from torch import nn
 from adapters.corpus import Corpus
 from adapters.data_cursor import DataCursor
 from adapters.errors import TrainingError
+from adapters.lora_weights import LoraPair, LoraWeights
 from adapters.master_optimizer import MasterOptimizer
 from adapters.objective import Means, Objective, measure
 from adapters.packed_forward import PackedForward
 from adapters.packed_loss import PackedLoss, Score
-from adapters.peft_format import LoraPair, LoraWeights
 from adapters.preference import Preference
 from adapters.recipe import TrainConfig, num_steps
 from adapters.supervised import Supervised

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from adapters.peft_format import LoraSpec, LoraWeights, read_adapter, write_adapter
+from adapters.lora_weights import LoraSpec, LoraWeights
+from adapters.peft_format import read_adapter, write_adapter
 from adapters.store import MANIFEST, AdapterStore
 from bench.subject import Subject, random_adapter
 from service.database import connect

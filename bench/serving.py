@@ -12,7 +12,7 @@ from itertools import accumulate, count, pairwise
 import torch
 
 from adapters.errors import AdapterNotFoundError
-from adapters.peft_format import LoraWeights
+from adapters.lora_weights import LoraWeights
 from service.engine.base_model import BaseModel
 from service.engine.engine import Engine
 from service.engine.engine_config import EngineConfig

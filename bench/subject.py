@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from adapters.peft_format import BaseSignature, LoraPair, LoraSpec, LoraWeights
+from adapters.lora_weights import BaseSignature, LoraPair, LoraSpec, LoraWeights
 from service.engine.base_model import BaseModel, load_base_model
 
 SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>")

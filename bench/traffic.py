@@ -14,7 +14,7 @@ from queue import SimpleQueue
 from statistics import median, quantiles
 from typing import Any
 
-from adapters.peft_format import LoraWeights
+from adapters.lora_weights import LoraWeights
 from bench.serving import Row, kv_bytes
 from service.engine.base_model import BaseModel
 from service.engine.engine import Engine

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from adapters.peft_archive import unpack
-from adapters.peft_format import CONFIG_NAME, base_check, max_weights_bytes, read_adapter
+from adapters.peft_config import CONFIG_NAME
+from adapters.peft_format import base_check, max_weights_bytes, read_adapter
 from adapters.store import AdapterStore
 from service.base_facts import base_facts
 from service.engine.base_description import BaseDescription

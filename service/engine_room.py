@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
-from adapters.peft_format import LoraWeights, read_adapter
+from adapters.lora_weights import LoraWeights
+from adapters.peft_format import read_adapter
 from adapters.store import AdapterStore
 from service.archive import Archive
 from service.config import Settings

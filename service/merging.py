@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from adapters.errors import AdapterFormatError
-from adapters.peft_format import LoraWeights
+from adapters.lora_weights import LoraWeights
 from service.engine.base_model import BaseModel
 
 MAX_SHARD_BYTES = 1024**3

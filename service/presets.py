@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from adapters.peft_format import BaseSignature
+from adapters.lora_weights import BaseSignature
 from adapters.recipe import Schedule
 from service.job import Preset
 

@@ -19,8 +19,9 @@ from typing import Any, Protocol
 import torch
 
 from adapters.errors import AdapterError, StoreError
+from adapters.lora_weights import LoraWeights
 from adapters.packed_loss import Score
-from adapters.peft_format import LoraWeights, read_adapter, write_adapter
+from adapters.peft_format import read_adapter, write_adapter
 from adapters.rate_probe import RateProbe
 from adapters.recipe import TrainConfig, num_steps
 from adapters.store import AdapterStore

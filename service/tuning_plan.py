@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from adapters.errors import TrainingError
-from adapters.peft_format import BaseSignature, LoraSpec
+from adapters.lora_weights import BaseSignature, LoraSpec
 from adapters.rate_probe import ProbeResult
 from adapters.recipe import (
     Schedule,

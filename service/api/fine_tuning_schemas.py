@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, WrapValidator, model_validator
 
-from adapters.peft_format import WHY_NO_DORA
+from adapters.peft_config import WHY_NO_DORA
 from service import job
 from service.api.evaluation_schemas import EvaluationRequest, GateOrOff
 from service.api.wire import WireModel, field_error

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapters.peft_format import BaseSignature
+from adapters.lora_weights import BaseSignature
 from service.engine.errors import ChatTemplateError
 from service.engine.quantization import Quantization
 

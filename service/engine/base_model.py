@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapters.lora import BatchedLoraLinear, LoraPart, graft
-from adapters.peft_format import BaseSignature, LinearShape, TensorIdentity
+from adapters.lora_weights import BaseSignature, LinearShape, TensorIdentity
 from service.engine.base_description import BaseDescription
 from service.engine.checkpoint import Checkpoint, read_checkpoint, tensor_bytes
 from service.engine.errors import BaseModelError

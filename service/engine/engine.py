@@ -22,7 +22,7 @@ import numpy as np
 
 from adapters.errors import AdapterError
 from adapters.host_cache import HostCache
-from adapters.peft_format import LoraWeights
+from adapters.lora_weights import LoraWeights
 from adapters.prepared import preparing
 from service.engine.base_model import BaseModel
 from service.engine.crash_limit import CrashLimit

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from adapters.lora import LoraPart, graft
-from adapters.peft_format import BaseSignature, LinearShape
+from adapters.lora_weights import BaseSignature, LinearShape
 from service.engine.attention import register_attention
 
 CHATML = (

@@ -6,7 +6,7 @@ import torch
 
 from adapters.corpus import Corpus, build_corpus
 from adapters.dataset import ChatExample, Message, PreferenceExample
-from adapters.peft_format import LoraSpec
+from adapters.lora_weights import LoraSpec
 from adapters.recipe import TrainConfig
 from adapters.trainable import TrainableLora
 from adapters.trainer import Trainer

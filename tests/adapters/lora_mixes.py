@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from adapters.lora import BatchedLoraLinear, LoraPart, SlotTable, pack
-from adapters.peft_format import LoraPair
+from adapters.lora_weights import LoraPair
 
 PARTS = (LoraPart("q", 40), LoraPart("k", 24), LoraPart("v", 24))
 MIXES: dict[str, list[int | None]] = {

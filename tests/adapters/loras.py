@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from adapters.peft_format import BaseSignature, LoraPair, LoraSpec, LoraWeights
+from adapters.lora_weights import BaseSignature, LoraPair, LoraSpec, LoraWeights
 
 
 def random_lora(base: BaseSignature, *, seed: int, spec: LoraSpec | None = None, size: float = 0.15) -> LoraWeights:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from adapters.corpus import Corpus
-from adapters.peft_format import LoraSpec, LoraWeights
+from adapters.lora_weights import LoraSpec, LoraWeights
 from adapters.recipe import Schedule, TrainConfig
 
 

@@ -16,8 +16,8 @@ from adapters.evaluation import Entrant, Evaluation, EvaluationOptions, choose_s
 from adapters.evaluation_report import ACTIVE, BASE, CANDIDATE, FEW_SHOT
 from adapters.forgetting import general_texts, measure_forgetting
 from adapters.lora import routing
+from adapters.lora_weights import LoraSpec
 from adapters.packed_loss import PackedLoss
-from adapters.peft_format import LoraSpec
 from adapters.recipe import TrainConfig
 from adapters.scoring import TaskKind
 from adapters.trainable import TrainableLora, TrainRouting

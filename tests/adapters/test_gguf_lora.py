@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from adapters.errors import AdapterFormatError
 from adapters.gguf_lora import interleaved, write_gguf
-from adapters.peft_format import BaseSignature, LoraSpec
+from adapters.lora_weights import BaseSignature, LoraSpec
 from tests.adapters.conftest import GraftedBase
 from tests.adapters.loras import random_lora
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from adapters.layer_checkpointing import decoder_layers, recomputed_layers
 from adapters.lora import routing
+from adapters.lora_weights import LoraSpec
 from adapters.packing import packed_sequences
-from adapters.peft_format import LoraSpec
 from adapters.trainable import TrainableLora, TrainRouting
 from tests.adapters.conftest import GraftedBase
 

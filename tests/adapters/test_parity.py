@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from adapters.corpus import Corpus
-from adapters.peft_format import LoraSpec
+from adapters.lora_weights import LoraSpec
 from adapters.recipe import Schedule, TrainConfig
 from adapters.trainable import TrainableLora
 from adapters.trainer import Trainer

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from adapters.errors import AdapterFormatError, BaseMismatchError
-from adapters.peft_format import BaseSignature, LinearShape, LoraSpec, TensorIdentity, read_adapter, write_adapter
+from adapters.lora_weights import BaseSignature, LinearShape, LoraSpec, TensorIdentity
+from adapters.peft_format import read_adapter, write_adapter
 from tests.adapters.loras import random_lora
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from adapters.errors import AdapterFormatError, NoFreeSlotError
 from adapters.host_cache import HostCache
 from adapters.lora import BatchedLoraLinear, Chunks, LoraPart, RowSlots, SlotRouting, plan_rows, routing
-from adapters.peft_format import BaseSignature, LinearShape, LoraSpec, LoraWeights
+from adapters.lora_weights import BaseSignature, LinearShape, LoraSpec, LoraWeights
 from adapters.prepared import PreparedAdapter, prepare
 from adapters.slots import AdapterSlots
 from tests.adapters.loras import random_lora

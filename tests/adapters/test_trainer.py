@@ -16,7 +16,8 @@ from transformers import LlamaForCausalLM
 from adapters.corpus import Corpus, build_corpus
 from adapters.dataset import ChatExample, Message
 from adapters.errors import TrainingError
-from adapters.peft_format import LoraSpec, write_adapter
+from adapters.lora_weights import LoraSpec
+from adapters.peft_format import write_adapter
 from adapters.recipe import TrainConfig, learning_rate_factor
 from adapters.trainable import TrainableLora, TrainRouting
 from adapters.trainer import Trainer

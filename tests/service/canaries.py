@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from adapters.peft_format import LoraPair, LoraSpec, LoraWeights
+from adapters.lora_weights import LoraPair, LoraSpec, LoraWeights
 from service.engine.base_model import BaseModel
 from tests.adapters.loras import random_lora
 

@@ -14,7 +14,7 @@ import structlog
 from openai import DefaultHttpxClient, OpenAI
 from pydantic import SecretStr
 
-from adapters.peft_format import LoraWeights
+from adapters.lora_weights import LoraWeights
 from adapters.store import AdapterStore
 from service.api.ops import create_ops_app
 from service.api.services import Services

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
-from adapters.peft_format import LoraWeights, read_adapter, write_adapter
+from adapters.lora_weights import LoraWeights
+from adapters.peft_format import read_adapter, write_adapter
 from adapters.store import AdapterStore
 from service.cli import app
 from service.engine.base_model import load_base_model

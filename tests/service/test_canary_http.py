@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from adapters.peft_format import LoraWeights
+from adapters.lora_weights import LoraWeights
 from service.engine.base_model import load_base_model
 from tests.service.canaries import PROMPT_TOKENS, Canaries, Canary, write_canary_base
 from tests.service.real_service import RealService, serve_real

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 from adapters.lora import routing
-from adapters.peft_format import LoraSpec, LoraWeights
+from adapters.lora_weights import LoraSpec, LoraWeights
 from adapters.trainable import TrainableLora, TrainRouting
 from service.config import BUNDLED_BASE
 from service.engine.base_model import BaseModel, load_base_model

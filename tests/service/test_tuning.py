@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from adapters.peft_format import LoraWeights
+from adapters.lora_weights import LoraWeights
 from adapters.trainer import Trainer
 from service.files import FilePurpose
 from service.heartbeat import StopReason, StopRequested

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from adapters.errors import TrainingError
-from adapters.peft_format import BaseSignature, LinearShape, LoraSpec
+from adapters.lora_weights import BaseSignature, LinearShape, LoraSpec
 from adapters.rate_probe import ProbeResult
 from service.job import Hyperparameters, JobSpec, Method, Preset
 from service.tuning_plan import TuningPlan, make_plan

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from adapters.peft_format import LoraWeights, read_adapter
+from adapters.lora_weights import LoraWeights
+from adapters.peft_format import read_adapter
 from adapters.store import AdapterStore
 from service.database import connect
 from service.engine.base_model import BaseModel, load_base_model

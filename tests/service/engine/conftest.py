@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from adapters.errors import AdapterNotFoundError
-from adapters.peft_format import LoraSpec, LoraWeights
+from adapters.lora_weights import LoraSpec, LoraWeights
 from service.engine.base_model import BaseModel, load_base_model
 from service.engine.engine import Engine
 from service.engine.engine_config import EngineConfig

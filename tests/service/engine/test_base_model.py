@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from adapters.lora import routing
-from adapters.peft_format import LoraSpec
+from adapters.lora_weights import LoraSpec
 from adapters.trainable import TrainableLora, TrainRouting
 from service.engine.base_model import DEFAULT_CHAT_TEMPLATE, BaseModel, load_base_model
 from service.engine.errors import BaseModelError, ChatTemplateError

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from adapters.peft_format import LoraWeights
+from adapters.lora_weights import LoraWeights
 from service.engine import engine as engine_module
 from service.engine.base_model import BaseModel
 from service.engine.crash_limit import CrashLimit
