@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
-from adapters.dataset import ChatExample, Complaints, CompletionExample, Example, Message, PreferenceExample
+from adapters.dataset import Complaints
 from adapters.errors import DatasetError
+from adapters.example import ChatExample, CompletionExample, Example, Message, PreferenceExample
 
 MAX_VALIDATION_EXAMPLES = 512
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from adapters.assertions import Assertion
 from adapters.corpus import Codec, build_corpus, render_prompt
-from adapters.dataset import ChatExample, CompletionExample, Example
 from adapters.evaluation_report import ACTIVE, BASE, CANDIDATE, FEW_SHOT, EvaluationReport, Performance, make_report
+from adapters.example import ChatExample, CompletionExample, Example
 from adapters.lora import Routing
 from adapters.packed_loss import PackedLoss
 from adapters.scoring import TaskKind, task_kind

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.assertions import Assertion
-from adapters.dataset import CompletionExample, Example
+from adapters.example import CompletionExample, Example
 from adapters.scoring import PRIMARY, Metric, TaskKind, pass_rate, score_answers, token_loss
 from adapters.slices import Slice, find_slices
 from adapters.statistics import Comparison, Estimate, Resampling, proportion

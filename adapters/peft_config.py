@@ -51,7 +51,7 @@ _READ_OR_HARMLESS = {
 
 
 def read_config(directory: Path, base: BaseSignature, max_rank: int) -> LoraSpec:
-    """The LoRA that a PEFT directory's configuration describes. Raises AdapterFormatError, `check` as `read_adapter`."""
+    """The LoRA that a PEFT directory's configuration describes. Raises as `read_adapter`."""
     try:
         config = json.loads((directory / CONFIG_NAME).read_text())
     except (ValueError, RecursionError) as error:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.dataset import Example
+from adapters.example import Example
 from adapters.scoring import plain
 from adapters.statistics import Estimate, proportion
 

@@ -13,15 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from adapters.corpus import MAX_VALIDATION_EXAMPLES, Codec, Corpus, build_corpus, split_validation
-from adapters.dataset import (
-    MIN_EXAMPLES,
-    Example,
-    PreferenceExample,
-    examples_at,
-    preferences_at,
-    read_examples,
-    read_preferences,
-)
+from adapters.dataset import MIN_EXAMPLES, examples_at, preferences_at, read_examples, read_preferences
+from adapters.example import Example, PreferenceExample
 from service.files import Files
 from service.job import Job, Method
 

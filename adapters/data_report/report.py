@@ -30,7 +30,8 @@ from adapters.data_report.representativeness import Sample, distance
 from adapters.data_report.role_text import RoleTextCheck
 from adapters.data_report.row import Row
 from adapters.data_report.secrets import Secrets
-from adapters.dataset import MIN_EXAMPLES, BadLine, examples_at, parse_learned, read_lines
+from adapters.dataset import MIN_EXAMPLES, BadLine, examples_at, read_lines
+from adapters.example import parse_learned
 
 Source = Callable[[], AbstractContextManager[BinaryIO]]
 """Opens a file from its beginning."""

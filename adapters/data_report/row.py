@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 
-from adapters.dataset import ChatExample, CompletionExample, Example
+from adapters.example import ChatExample, CompletionExample, Example
 
 _END_MARKS = re.compile(r"[\s.!?…。！？]+\Z")  # noqa: RUF001
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from adapters.corpus import Corpus, build_corpus
-from adapters.dataset import ChatExample, Message, PreferenceExample
+from adapters.example import ChatExample, Message, PreferenceExample
 from adapters.lora_weights import LoraSpec
 from adapters.recipe import TrainConfig
 from adapters.trainable import TrainableLora

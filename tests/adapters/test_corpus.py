@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from adapters.corpus import Corpus, build_corpus, render_prompt, split_validation, tokenize
-from adapters.dataset import ChatExample, CompletionExample, Message
 from adapters.errors import DatasetError
+from adapters.example import ChatExample, CompletionExample, Message
 from tests.adapters.conftest import CHATML, TemplateCodec
 
 # Earlier answers are shortened in the history, as reasoning models drop their thinking.

@@ -20,7 +20,7 @@ from adapters.data_report.redaction import MASK, Redactor
 from adapters.data_report.representativeness import auc
 from adapters.data_report.row import Row, plain
 from adapters.data_report.secrets import Secrets
-from adapters.dataset import CompletionExample
+from adapters.example import CompletionExample
 from bench import dirty_data, faults
 from tests.adapters.conftest import TemplateCodec
 

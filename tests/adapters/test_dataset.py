@@ -8,15 +8,9 @@ from typing import Any
 
 import pytest
 
-from adapters.dataset import (
-    MAX_LINE_BYTES,
-    ChatExample,
-    CompletionExample,
-    Message,
-    examples_at,
-    read_examples,
-)
+from adapters.dataset import examples_at, read_examples
 from adapters.errors import DatasetError
+from adapters.example import MAX_LINE_BYTES, ChatExample, CompletionExample, Message
 
 
 def _chat(question: str = "hi", answer: str = "hello", **extra: Any) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import torch
 
 from adapters.assertions import parse_assertions
 from adapters.corpus import Codec, build_corpus, render_prompt
-from adapters.dataset import ChatExample, CompletionExample, Example, Message
 from adapters.evaluation import Entrant, Evaluation, EvaluationOptions, choose_shots, last_answer_only, with_shots
 from adapters.evaluation_report import ACTIVE, BASE, CANDIDATE, FEW_SHOT
+from adapters.example import ChatExample, CompletionExample, Example, Message
 from adapters.forgetting import general_texts, measure_forgetting
 from adapters.lora import routing
 from adapters.lora_weights import LoraSpec

@@ -13,8 +13,9 @@ import torch
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
-from adapters.dataset import PreferenceExample, preferences_at, read_preferences
+from adapters.dataset import preferences_at, read_preferences
 from adapters.errors import DatasetError
+from adapters.example import PreferenceExample
 from adapters.lora import routing
 from adapters.peft_format import write_adapter
 from adapters.recipe import learning_rate_factor

@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
 from adapters.corpus import Corpus, build_corpus
-from adapters.dataset import ChatExample, Message
 from adapters.errors import TrainingError
+from adapters.example import ChatExample, Message
 from adapters.lora_weights import LoraSpec
 from adapters.peft_format import write_adapter
 from adapters.recipe import TrainConfig, learning_rate_factor
