@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from adapters.lora import BatchedLoraLinear
 from adapters.lora_weights import BaseSignature, LoraPair, LoraSpec, LoraWeights
+from adapters.pausing import current_pause
 
 
 class TrainableLora:
@@ -77,6 +78,8 @@ class TrainRouting:
 
     def apply(self, site: BatchedLoraLinear, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """y + (x A.T) B.T * scaling for each adapted part; siblings share one product with their stacked A."""
+        if (pause := current_pause()) is not None:
+            pause()
         adapted = [(i, p.name) for i, p in enumerate(site.parts) if p.name in self.adapter.a]
         if not adapted:
             return y
@@ -118,11 +121,14 @@ class _AddLora(torch.autograd.Function):
             out[:, start:stop].addmm_(h_part, b.T)
         ctx.save_for_backward(rows, h, a, *scaled)
         ctx.spans, ctx.scalings, ctx.x_shape = spans, scalings, x.shape
+        ctx.pause = current_pause()  # on CUDA, autograd calls backward in a thread of its own
         return out.view(y.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        if ctx.pause is not None:
+            ctx.pause()
         rows, h, a, *scaled = ctx.saved_tensors
         grad_rows = grad.reshape(-1, grad.shape[-1])
         ranks = [b.shape[1] for b in scaled]

@@ -96,6 +96,20 @@ class Settings(BaseSettings):
         " each other; off: as threads of the API's process.",
     )
     training: bool = Field(True, description="Run fine-tuning jobs beside the engine.")
+    itl_target_ms: float | None = Field(
+        None,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="Milliseconds between two tokens (99th percentile) that training must not spoil: it is held back"
+        " while answers are written slower than that. Unset, thread and stream priorities alone arbitrate.",
+    )
+    training_share: float = Field(
+        1.0,
+        ge=0.0,
+        le=1.0,
+        description="Largest share of the time in which answers are being written that training may run; 0: only"
+        " while nobody waits for one.",
+    )
     lease_seconds: float = Field(
         30.0, ge=1.0, le=3600.0, description="A job whose worker is silent for so long may be claimed again."
     )

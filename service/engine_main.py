@@ -58,6 +58,9 @@ class _Reporter:
     def tokens_trained(self, num_tokens: int) -> None:
         self._report("tokens_trained", num_tokens)
 
+    def training_paced(self, ratio: float, p99_seconds: float | None, held_seconds: float) -> None:
+        self._report("training_paced", ratio, p99_seconds, held_seconds)
+
 
 def main(descriptor: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Protocol
 
 from adapters.lora_weights import LoraWeights
@@ -23,11 +24,13 @@ from service.jobs import JobObserver
 from service.merge_worker import MergeWorker
 from service.merges import merges_in
 from service.resume_points import ResumePoints
+from service.training_gate import PaceObserver, TrainingGate
+from service.training_pace import PaceLimits, TrainingPace
 from service.tuning import TuningObserver, TuningServices
-from service.tuning_worker import TuningWorker
+from service.tuning_worker import TuningWorker, wait_for_stream
 
 
-class Observer(EngineObserver, TuningObserver, JobObserver, Protocol):
+class Observer(EngineObserver, TuningObserver, JobObserver, PaceObserver, Protocol):
     """Hears of everything that happens here."""
 
 
@@ -77,7 +80,23 @@ def _tuning_worker(
         max_lora_rank=settings.max_lora_rank,
         save_every_seconds=settings.resume_point_seconds,
     )
-    return TuningWorker(services, name=f"{socket.gethostname()}-{os.getpid()}")
+    gate = training_gate(settings, engine, observer)
+    return TuningWorker(services, name=f"{socket.gethostname()}-{os.getpid()}", gate=gate)
+
+
+def training_gate(settings: Settings, engine: Engine, observer: PaceObserver) -> TrainingGate | None:
+    """None where priorities alone arbitrate: then training is not even asked."""
+    target = None if settings.itl_target_ms is None else settings.itl_target_ms / 1e3
+    limits = PaceLimits(target, settings.training_share)
+    if limits.hold_nothing:
+        return None
+    return TrainingGate(
+        TrainingPace(limits),
+        is_serving=lambda: engine.is_busy,
+        step_seconds=engine.step_times.take,
+        observer=observer,
+        drain=partial(wait_for_stream, engine.base.device),
+    )
 
 
 def _adapter_source(store: AdapterStore, base: BaseModel, settings: Settings) -> Callable[[str], LoraWeights]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
@@ -140,6 +140,13 @@ class Metrics:
     def tokens_trained(self, num_tokens: int) -> None:
         self._tokens.labels("training").inc(num_tokens)
 
+    def training_paced(self, ratio: float, p99_seconds: float | None, held_seconds: float) -> None:
+        """How much training may run beside answers, as the latency target steers it."""
+        self._training_pace.set(ratio)
+        self._training_held.inc(held_seconds)
+        if p99_seconds is not None:
+            self._decode_step_p99.set(p99_seconds)
+
     # service.rollout: what puts versions into service.
 
     def canary_answered(self, arm: str, outcome: str) -> None:
@@ -217,6 +224,16 @@ class Metrics:
         )
         self._jobs = self._counter("jobs", "Fine-tuning jobs that entered a state.", "state")
         self._job_fenced_writes = self._counter("job_fenced_writes", "Writes refused: the claim was lost.")
+        self._training_pace = self._gauge(
+            "training_pace_ratio", "Share of the time in which answers are written that training may run."
+        )
+        self._training_pace.set(1.0)
+        self._training_held = self._counter(
+            "training_held_seconds", "Time for which training was held back to keep answers fast."
+        )
+        self._decode_step_p99 = self._gauge(
+            "decode_step_p99_seconds", "Between two tokens, of the latest steps without prompts beside training."
+        )
 
     def _define_rollout_metrics(self) -> None:
         self._canary_requests = self._counter(
@@ -231,6 +248,9 @@ class Metrics:
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, namespace="rootstock", registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, namespace="rootstock", registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(name, text, labels, namespace="rootstock", registry=self.registry, buckets=buckets)

@@ -12,11 +12,14 @@ import sys
 import threading
 import time
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 
+from adapters.pausing import pausing
 from service.heartbeat import Heartbeat
 from service.job import Claim
+from service.training_gate import TrainingGate
 from service.tuning import Outcome, TuningRun, TuningServices
 
 logger = logging.getLogger(__name__)
@@ -28,10 +31,18 @@ class TuningWorker:
     """One job at a time. `start` it once; `stop` gives a running job back with its state saved."""
 
     def __init__(
-        self, services: TuningServices, *, name: str, poll_seconds: float = 0.5, heartbeat_seconds: float = 1.0
+        self,
+        services: TuningServices,
+        *,
+        name: str,
+        gate: TrainingGate | None = None,
+        poll_seconds: float = 0.5,
+        heartbeat_seconds: float = 1.0,
     ) -> None:
-        """`heartbeat_seconds` is how long a pause or cancel may take to be noticed, at most."""
+        """`gate` holds training back for a latency target; None: priorities alone arbitrate. `heartbeat_seconds` is
+        how long a pause or cancel may take to be noticed, at most."""
         self._services = services
+        self._gate = gate
         self._name = name
         self._poll_seconds = poll_seconds
         self._heartbeat = Heartbeat(services.queue, max_interval_seconds=heartbeat_seconds)
@@ -74,8 +85,10 @@ class TuningWorker:
         logger.info("tuning.claimed", extra=extra)
         started = time.monotonic()
         self._heartbeat.watch(claim)
+        check = self._heartbeat.check
         try:
-            outcome: Outcome = TuningRun(self._services, claim, self._heartbeat.check).execute()
+            with pausing(None if self._gate is None else partial(self._gate.hold, check)):
+                outcome: Outcome = TuningRun(self._services, claim, check).execute()
         finally:
             self._heartbeat.unwatch()
         seconds = time.monotonic() - started
@@ -98,3 +111,9 @@ def background_stream(device: torch.device) -> AbstractContextManager[object]:
     if device.type != "cuda":
         return contextlib.nullcontext()
     return torch.cuda.stream(torch.cuda.Stream(device, priority=0))  # type: ignore[no-untyped-call]
+
+
+def wait_for_stream(device: torch.device) -> None:
+    """Until the device has done what this thread gave it; on CPU it has."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()

@@ -39,6 +39,7 @@ from service.engine.request_check import checked_max_tokens
 from service.engine.response import Response
 from service.engine.sequence import FinishReason, GenerationRequest, OutputChunk, Sequence, SequenceStatus
 from service.engine.serving_engine import ServingEngine
+from service.engine.step_times import StepTimes
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class Engine(ServingEngine):
             on_ready=self._intake.wake,
         )
         self.embedding_size = watch_hidden_states(base)
+        self.step_times = StepTimes()
         self._machinery = self._build()
         self._crashes = CrashLimit(MAX_CRASHES, CRASH_WINDOW_SECONDS)
         self._token_bytes = TokenBytes(base.tokenizer)
@@ -113,6 +115,11 @@ class Engine(ServingEngine):
     def stats(self) -> EngineStats:
         """The picture after the last step; only `busy_since` is of now, so that a step that hangs can be seen."""
         return replace(self._stats, busy_since=self._busy_since)
+
+    @property
+    def is_busy(self) -> bool:
+        """Somebody waits for a token, as of now. Cheap enough to ask all the time."""
+        return self._busy_since is not None
 
     # -- the engine's thread: its life ------------------------------------------------------------------------
 
@@ -231,6 +238,8 @@ class Engine(ServingEngine):
             self._fail_step(plan)
             return
         now = time.monotonic()
+        if plan.decodes and not plan.prefills and self._last_step_at is not None:
+            self.step_times.add(now - self._last_step_at)  # whoever decodes had its last token then
         self._steps += 1
         self._last_step_at = now
         for work in plan.work:

@@ -40,6 +40,9 @@ def test_without_settings_the_bundled_base_is_served_from_a_local_directory() ->
         ({"prefill_chunk": 1024}, "max_num_batched_tokens=512 is too small"),
         ({"max_num_batched_tokens": 159}, "max_num_seqs=32 and one prefill_chunk=128, so it must be at least 160"),
         ({"port": 9400}, "port and ops_port must differ"),
+        ({"itl_target_ms": 0}, "--itl-target-ms (ROOTSTOCK_ITL_TARGET_MS): Input should be greater than 0"),
+        ({"itl_target_ms": "inf"}, "--itl-target-ms (ROOTSTOCK_ITL_TARGET_MS): Input should be a finite number"),
+        ({"training_share": 1.2}, "--training-share (ROOTSTOCK_TRAINING_SHARE): Input should be less than or equal"),
         ({"prot": 1}, "--prot (ROOTSTOCK_PROT): Extra inputs are not permitted"),
     ],
 )

@@ -37,6 +37,9 @@ CONTRACT = {
     "rootstock_completion_records_dropped_total": ("counter", set()),
     "rootstock_jobs_total": ("counter", {"state"}),
     "rootstock_job_fenced_writes_total": ("counter", set()),
+    "rootstock_training_pace_ratio": ("gauge", set()),
+    "rootstock_training_held_seconds_total": ("counter", set()),
+    "rootstock_decode_step_p99_seconds": ("gauge", set()),
     "rootstock_engine_restarts_total": ("counter", set()),
     "rootstock_tenant_label_overflow_total": ("counter", set()),
     "rootstock_tenant_requests_total": ("counter", {"tenant"}),
@@ -195,6 +198,15 @@ def test_routers_see_loaded_adapters_as_running_and_none_in_two_lists(metrics: M
         "running_lora_adapters": "a" * 64,
         "waiting_lora_adapters": "c" * 64,
     }
+
+
+def test_how_training_is_held_back_can_be_seen(metrics: Metrics) -> None:
+    assert value(metrics, "training_pace_ratio") == 1.0
+    metrics.training_paced(0.25, None, 1.5)
+    metrics.training_paced(0.5, 0.021, 1.0)
+    assert value(metrics, "training_pace_ratio") == 0.5
+    assert value(metrics, "training_held_seconds_total") == 2.5
+    assert value(metrics, "decode_step_p99_seconds") == 0.021
 
 
 def test_a_gauge_that_cannot_be_read_leaves_the_rest_of_the_scrape(metrics: Metrics) -> None:
