@@ -1,33 +1,46 @@
 """Training beside decoding on the one base: what it costs the readers, and what it leaves the learner.
 
-Two loads of 8 rows: "full" decodes without a pause; "half" sends its 8 requests so that the engine is idle for half
-of the time, as with people who read what they asked for.
+8 rows at four loads: at 100 % the next 8 requests are sent when the last are answered, at 25 % four times as seldom, as
+with people who read what they asked for. Three ways to share the device: "priorities" is the service without settings,
+"target" the service with a latency target, "lock" what one would write first.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from statistics import quantiles
+from statistics import median, quantiles
 
-from adapters.trainer import Trainer
+from bench import curve
 from bench.goals import goal
+from bench.learner import Learner, learning
 from bench.measurement import Entry, Samples, Variant, interleave, quantity, ratio
 from bench.plan import Plan
 from bench.serving import Row, ServingRig, random_prompts, serving
 from bench.subject import Subject
 from bench.training import make_trainer, random_corpus
-from service import tuning_worker
+from service.training_gate import TrainingGate
+from service.training_pace import PaceLimits, TrainingPace
+from service.tuning_worker import wait_for_stream
 
 NUM_ROWS = 8
 NUM_TOKENS = 32
+LOCKED_TOKENS = 8
+"""With a lock every token waits for a training step: a whole answer would take the place of all other states."""
+
 TRAINED_EXAMPLES = 8
 """In one training step, the shortest piece of training whose speed can be told."""
 
-LOADS = ("half", "full")
+LOADS = (25, 50, 75, 100)
+ARMS = ("priorities", "target", "lock")
+TARGET = 1.2
+"""Times the 99th percentile of serving alone, one target for all loads; what is promised is 1.25."""
+
+_TARGET_MS = "latency target"
 _MIN_STEPS = 2
 _PATIENCE = 10
 """A state is watched for so many times its usual duration until two training steps are done."""
@@ -37,108 +50,115 @@ def measure(subject: Subject, plan: Plan, tick: Callable[[str], None]) -> list[E
     """Inter-token latency (p99 over decode steps) and training tokens per second, each alone and beside the other."""
     rows = [Row(prompt) for prompt in random_prompts(subject.sizes.vocabulary, NUM_ROWS, 32, 64, seed=4)]
     trainer = make_trainer(subject, random_corpus(subject.sizes.vocabulary, 4 * TRAINED_EXAMPLES), TRAINED_EXAMPLES)
-    with serving(subject.base, subject.adapters, max_num_seqs=NUM_ROWS) as rig, _learning(trainer) as learner:
+    with serving(subject.base, subject.adapters, max_num_seqs=NUM_ROWS) as rig, learning(trainer) as learner:
         watch = _Watch(rig, rows, learner, plan.co_serving_seconds)
-        periods = {"full": 0.0, "half": 2 * watch.burst_seconds()}
-        variants: dict[str, Variant] = {"training alone": watch.training}
+        variants: dict[str, Variant] = {"training alone": watch.training, "0 % load, target": watch.idle}
         for load in LOADS:
-            variants[f"serving alone, {load} load"] = partial(watch.serving, periods[load])
-            variants[f"both, {load} load"] = partial(watch.both, periods[load])
-        samples = interleave(variants, plan.co_serving_rounds, tick)
-    entries = [quantity("training alone.training", samples, "tokens/s")]
+            variants[f"{load} % load, no training"] = partial(watch.serving, load)
+            variants[f"{load} % load, priorities"] = partial(watch.priorities, load)
+            variants[f"{load} % load, target"] = partial(watch.target, load)
+            variants[f"{load} % load, lock"] = partial(watch.lock, load)
+        samples = {**interleave(variants, plan.co_serving_rounds, tick), _TARGET_MS: [watch.target_ms]}
+    return _entries(samples, subject.is_cuda)
+
+
+def _entries(samples: Samples, cuda: bool) -> list[Entry]:
+    kept = curve.name("training kept", 0, "target")
+    alone = "training alone.training"
+    entries = [
+        quantity(_TARGET_MS, samples, "ms"),
+        quantity(alone, samples, "tokens/s"),
+        ratio(kept, samples, "0 % load, target.training", alone, goal(kept, cuda=cuda)),
+    ]
     for load in LOADS:
-        entries += _entries(load, samples, subject.is_cuda)
+        nobody = f"{load} % load, no training"
+        entries.append(quantity(f"{nobody}.p99", samples, "ms"))
+        if not cuda:  # what a GPU leaves idle, the clock of the CPU does not tell
+            entries.append(quantity(f"{nobody}.cores idle", samples, "of 1"))
+        for arm in ARMS:
+            both = f"{load} % load, {arm}"
+            pairs = {
+                "p99 ÷ no training": (f"{both}.p99", f"{nobody}.p99"),
+                "training kept": (f"{both}.training", alone),
+            }
+            for what, (numerator, denominator) in pairs.items():
+                name = curve.name(what, load, arm)
+                entries.append(ratio(name, samples, numerator, denominator, goal(name, cuda=cuda)))
+            if not cuda:
+                entries.append(_of_idle(samples, load, arm))
     return entries
 
 
-def _entries(load: str, samples: Samples, cuda: bool) -> list[Entry]:
-    alone, both = f"serving alone, {load} load", f"both, {load} load"
-    latency, kept = f"p99 beside training ÷ alone, {load} load", f"training kept, {load} load"
-    return [
-        quantity(f"{alone}.p99", samples, "ms"),
-        quantity(f"{both}.p99", samples, "ms"),
-        quantity(f"{both}.training", samples, "tokens/s"),
-        ratio(latency, samples, f"{both}.p99", f"{alone}.p99", goal(latency, cuda=cuda)),
-        ratio(kept, samples, f"{both}.training", "training alone.training", goal(kept, cuda=cuda)),
-    ]
-
-
-class _Learner:
-    """Trains in a thread of the priority the service gives its own, whenever it is told to."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._changed = threading.Condition()
-        self._wanted = self._working = self._ending = False
-        self._started_at = 0.0
-        self._steps: list[tuple[float, int]] = []  # when it was done, its tokens
-        self._thread = threading.Thread(target=self._loop, name="training", daemon=True)
-        self._thread.start()
-
-    @property
-    def num_steps(self) -> int:
-        """Done since the last `start`."""
-        return len(self._steps)
-
-    def start(self) -> None:
-        with self._changed:
-            self._steps = []
-            self._started_at = time.perf_counter()
-            self._wanted = True
-            self._changed.notify_all()
-
-    def stop(self) -> float:
-        """Tokens per second over the steps done by now; the one under way is waited for and not counted."""
-        with self._changed:
-            self._wanted = False
-            done = list(self._steps)
-            self._changed.wait_for(lambda: not self._working)
-        return sum(num_tokens for _, num_tokens in done) / (done[-1][0] - self._started_at) if done else 0.0
-
-    def close(self) -> None:
-        with self._changed:
-            self._ending = True
-            self._changed.notify_all()
-        self._thread.join()
-
-    def _loop(self) -> None:
-        # The service's own way of standing back, not a copy of it.
-        tuning_worker.lower_priority()
-        with tuning_worker.background_stream(self._trainer.device):
-            while self._may_go_on():
-                result = self._trainer.step()
-                self._steps.append((time.perf_counter(), result.num_tokens))
-
-    def _may_go_on(self) -> bool:
-        """Wait until training is wanted; False when it never will be again."""
-        with self._changed:
-            self._working = False
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._wanted or self._ending)
-            self._working = not self._ending
-            return self._working
-
-
-@contextmanager
-def _learning(trainer: Trainer) -> Iterator[_Learner]:
-    learner = _Learner(trainer)
-    try:
-        yield learner
-    finally:
-        learner.stop()
-        learner.close()
+def _of_idle(samples: Samples, load: int, arm: str) -> Entry:
+    """Training kept, of what the cores have left: 1 is all that they do not need for serving."""
+    allowed = "training alone × cores idle.training"
+    idle = zip(samples["training alone.training"], samples[f"{load} % load, no training.cores idle"], strict=True)
+    with_allowed = {**samples, allowed: [speed * share for speed, share in idle]}
+    name = curve.name("training kept ÷ idle part", load, arm)
+    return ratio(name, with_allowed, f"{load} % load, {arm}.training", allowed, goal(name, cuda=False))
 
 
 class _Watch:
-    """The three states, each watched for some seconds."""
+    """The states, each watched for some seconds."""
 
-    def __init__(self, rig: ServingRig, rows: list[Row], learner: _Learner, seconds: float) -> None:
+    def __init__(self, rig: ServingRig, rows: list[Row], learner: Learner, seconds: float) -> None:
         self._rig = rig
         self._rows = rows
         self._learner = learner
         self._seconds = seconds
+        self._gates: dict[int, TrainingGate] = {}
+        self._token_seconds = self._burst_seconds() / NUM_TOKENS
+        self.target_ms = TARGET * median(self._decode(load) for load in LOADS)
 
-    def burst_seconds(self) -> float:
+    def training(self) -> Mapping[str, float]:
+        return self._train_only(None)
+
+    def idle(self) -> Mapping[str, float]:
+        """A target that nothing can meet, and nobody who asks."""
+        return self._train_only(self._gate(1e-6))
+
+    def serving(self, load: int) -> Mapping[str, float]:
+        begin, cpu = time.perf_counter(), time.process_time()
+        p99 = self._decode(load)
+        share = (time.process_time() - cpu) / (time.perf_counter() - begin) / (os.cpu_count() or 1)
+        return {"p99": p99, "cores idle": max(0.01, 1 - share)}
+
+    def priorities(self, load: int) -> Mapping[str, float]:
+        self._learner.start()
+        return self._both(load)
+
+    def target(self, load: int) -> Mapping[str, float]:
+        """The gate of a load lives through all rounds, and is watched only when it has met its load."""
+        gate = self._gates.get(load)
+        if gate is None:
+            gate = self._gates[load] = self._gate(self.target_ms / 1e3)
+            self._learner.start(partial(gate.hold, _go_on))
+            self._both(load)
+        self._rig.engine.step_times.take()
+        self._learner.start(partial(gate.hold, _go_on))
+        return self._both(load)
+
+    def lock(self, load: int) -> Mapping[str, float]:
+        """Whoever computes has the device to itself: a decode step, or a training step."""
+        lock = threading.Lock()
+        with _locked(self._rig, lock):
+            self._learner.start(around=lock)
+            return self._both(load, LOCKED_TOKENS)
+
+    def _gate(self, target_seconds: float) -> TrainingGate:
+        engine = self._rig.engine
+        return TrainingGate(
+            TrainingPace(PaceLimits(target_seconds)),
+            is_serving=lambda: engine.is_busy,
+            step_seconds=engine.step_times.take,
+            observer=self,
+            drain=partial(wait_for_stream, engine.base.device),
+        )
+
+    def training_paced(self, ratio: float, p99_seconds: float | None, held_seconds: float) -> None:
+        """The gate's observer: what is measured here is seen from outside."""
+
+    def _burst_seconds(self) -> float:
         """How long all rows take once; both sides are warm afterwards."""
         self._rig.run(self._rows, NUM_TOKENS)
         self._learner.start()
@@ -149,22 +169,19 @@ class _Watch:
             self._rig.run(self._rows, NUM_TOKENS)
         return (time.perf_counter() - start) / 3
 
-    def training(self) -> Mapping[str, float]:
-        self._learner.start()
+    def _train_only(self, gate: TrainingGate | None) -> Mapping[str, float]:
+        self._learner.start(None if gate is None else partial(gate.hold, _go_on))
         time.sleep(self._seconds)
         self._wait_for_steps(_MIN_STEPS)
         return {"training": self._learner.stop()}
 
-    def serving(self, period: float) -> Mapping[str, float]:
-        return {"p99": self._decode(period, lambda: True)}
-
-    def both(self, period: float) -> Mapping[str, float]:
-        self._learner.start()
-        p99 = self._decode(period, lambda: self._learner.num_steps >= _MIN_STEPS)
+    def _both(self, load: int, num_tokens: int = NUM_TOKENS) -> Mapping[str, float]:
+        p99 = self._decode(load, num_tokens, lambda: self._learner.num_steps >= _MIN_STEPS)
         return {"p99": p99, "training": self._learner.stop()}
 
-    def _decode(self, period: float, enough: Callable[[], bool]) -> float:
-        """Send all rows every `period` seconds, or at once when they are done; p99 of a decode step in ms."""
+    def _decode(self, load: int, num_tokens: int = NUM_TOKENS, enough: Callable[[], bool] = lambda: True) -> float:
+        """Send all rows as often as the load says, or at once when they are late; p99 of a decode step in ms."""
+        period = 0.0 if load == 100 else 100 / load * self._token_seconds * num_tokens
         steps: list[float] = []
         begin = next_at = time.perf_counter()
         while True:
@@ -173,8 +190,29 @@ class _Watch:
                 return quantiles(steps, n=100, method="inclusive")[98] * 1e3
             time.sleep(max(0.0, next_at - now))
             next_at = max(next_at + period, time.perf_counter())
-            steps += self._rig.run(self._rows, NUM_TOKENS).step_seconds
+            steps += self._rig.run(self._rows, num_tokens).step_seconds
 
     def _wait_for_steps(self, num_steps: int) -> None:
         while self._learner.num_steps < num_steps:
             time.sleep(0.01)
+
+
+@contextmanager
+def _locked(rig: ServingRig, lock: threading.Lock) -> Iterator[None]:
+    """Every forward of the engine takes the lock. Reaches into it: nobody but this comparison should want that."""
+    runner = rig.engine._machinery.runner
+    run = runner.run
+
+    def locked(*arguments: object) -> object:
+        with lock:
+            return run(*arguments)  # type: ignore[arg-type]
+
+    runner.run = locked  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del runner.run  # type: ignore[method-assign]
+
+
+def _go_on() -> None:
+    """Nobody stops this training."""

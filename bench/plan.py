@@ -25,8 +25,8 @@ class Plan:
     training_steps: int = 5
     """Optimizer steps of 16 examples, for each side and round."""
     co_serving_rounds: int = 3
-    co_serving_seconds: float = 6.0
-    """How long each state (serving alone, training alone, both) is watched in a round."""
+    co_serving_seconds: float = 4.0
+    """How long each of 18 states (alone, or both in some way at some load) is watched in a round."""
 
     prefix_rounds: int = 3
     prefix_tokens: int = 768

@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench import curve
+
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- results: written by python -m bench --write-docs -->", "<!-- end of results -->"
 _COLUMNS = ("what", "median", "lowest to highest", "goal", "best reference")
@@ -39,8 +41,14 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"{machine['torch_threads']} torch threads; Python {machine['python']}, {packages}.",
     ]
     for section, entries in results["sections"].items():
-        lines += ["", f"### {section}", "", _row(_COLUMNS), _row(["---"] * len(_COLUMNS))]
+        lines += ["", f"### {section}"]
+        if (found := curve.table(entries)) is not None:
+            head, rows = found
+            lines += ["", _row(head), _row(["---"] * len(head)), *map(_row, rows)]
+        lines += ["", _row(_COLUMNS), _row(["---"] * len(_COLUMNS))]
         for entry in entries:
+            if curve.point(entry) is not None and not entry["goal"]:
+                continue  # it stands in the table of the curve
             name, *rest = _cells(entry)
             lines.append(_row([f"**{name}**" if entry["ratio"] else name, *rest]))
     return "\n".join(lines)

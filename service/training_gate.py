@@ -17,7 +17,9 @@ from service.training_pace import TrainingPace
 POLL_SECONDS = 0.005
 """How late an idle engine or a stop is noticed."""
 
-SHORTEST_HOLD_SECONDS, LONGEST_HOLD_SECONDS = 0.001, 1.0
+SHORTEST_HOLD_SECONDS, LONGEST_HOLD_SECONDS = 0.005, 1.0
+"""Less is owed until it adds up: every wait costs training its warm threads."""
+
 REPORT_SECONDS = 1.0
 
 
@@ -83,7 +85,7 @@ class TrainingGate:
             before, now = now, self._clock()
             self._held += now - before
             self._report()
-        self._owed = 0.0
+        self._owed = max(-LONGEST_HOLD_SECONDS, min(0.0, until - now))  # a thread of low priority wakes late
 
     def _report(self) -> None:
         now = self._clock()

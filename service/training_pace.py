@@ -24,7 +24,7 @@ ALLOWED_SLOW = 1
 ROOM = 0.9
 """A 99th percentile below this share of the target leaves room for more training."""
 
-FLOOR = 0.05
+FLOOR = 0.1
 """Training's share where even that misses the target: a job must end some day."""
 
 SETTLING_STEPS = 2

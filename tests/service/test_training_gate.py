@@ -99,6 +99,16 @@ def test_a_hold_ends_as_soon_as_the_last_answer_is_written() -> None:
     assert 0.2 <= stage.now <= 0.2 + POLL_SECONDS
 
 
+def test_a_thread_that_wakes_late_has_that_time_to_its_credit() -> None:
+    stage, worked = Stage(), 0.0
+    stage.gate._sleep = lambda seconds: stage.work(seconds + 0.01)  # type: ignore[method-assign]
+    for _ in range(1000):
+        stage.work(0.003)
+        worked += 0.003
+        stage.gate.hold(go_on)
+    assert worked / stage.now == pytest.approx(0.25, rel=0.02)
+
+
 def test_one_long_piece_of_work_does_not_hold_training_for_ever() -> None:
     stage = Stage()
     stage.work(60.0)
