@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from statistics import median, quantiles
 
-from bench import curve
+from bench import curve, memory
 from bench.goals import goal
 from bench.learner import Learner, learning
 from bench.measurement import Entry, Samples, Variant, interleave, quantity, ratio
@@ -25,7 +25,7 @@ from bench.subject import Subject
 from bench.training import make_trainer, random_corpus
 from service.training_gate import TrainingGate
 from service.training_pace import PaceLimits, TrainingPace
-from service.tuning_worker import wait_for_stream
+from service.tuning_worker import wait_for_stream, work_clock
 
 NUM_ROWS = 8
 NUM_TOKENS = 32
@@ -59,7 +59,8 @@ def measure(subject: Subject, plan: Plan, tick: Callable[[str], None]) -> list[E
             variants[f"{load} % load, target"] = partial(watch.target, load)
             variants[f"{load} % load, lock"] = partial(watch.lock, load)
         samples = {**interleave(variants, plan.co_serving_rounds, tick), _TARGET_MS: [watch.target_ms]}
-    return _entries(samples, subject.is_cuda)
+    tick("memory")
+    return _entries(samples, subject.is_cuda) + memory.entries(subject)
 
 
 def _entries(samples: Samples, cuda: bool) -> list[Entry]:
@@ -91,7 +92,7 @@ def _entries(samples: Samples, cuda: bool) -> list[Entry]:
 
 def _of_idle(samples: Samples, load: int, arm: str) -> Entry:
     """Training kept, of what the cores have left: 1 is all that they do not need for serving."""
-    allowed = "training alone × cores idle.training"
+    allowed = "training alone, of the cores left.training"
     idle = zip(samples["training alone.training"], samples[f"{load} % load, no training.cores idle"], strict=True)
     with_allowed = {**samples, allowed: [speed * share for speed, share in idle]}
     name = curve.name("training kept ÷ idle part", load, arm)
@@ -132,6 +133,7 @@ class _Watch:
         gate = self._gates.get(load)
         if gate is None:
             gate = self._gates[load] = self._gate(self.target_ms / 1e3)
+            self._rig.engine.step_times.take()  # of another state
             self._learner.start(partial(gate.hold, _go_on))
             self._both(load)
         self._rig.engine.step_times.take()
@@ -153,6 +155,7 @@ class _Watch:
             step_seconds=engine.step_times.take,
             observer=self,
             drain=partial(wait_for_stream, engine.base.device),
+            work_clock=work_clock(engine.base.device),
         )
 
     def training_paced(self, ratio: float, p99_seconds: float | None, held_seconds: float) -> None:
@@ -211,7 +214,7 @@ def _locked(rig: ServingRig, lock: threading.Lock) -> Iterator[None]:
     try:
         yield
     finally:
-        del runner.run  # type: ignore[method-assign]
+        del runner.run
 
 
 def _go_on() -> None:

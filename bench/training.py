@@ -31,7 +31,7 @@ def measure(subject: Subject, plan: Plan, tick: Callable[[str], None]) -> list[E
     """Real tokens of the examples per second of forward, backward and optimizer; padding does not count."""
     corpus = random_corpus(subject.sizes.vocabulary, BATCH_SIZE * plan.training_steps)
     trainer = make_trainer(subject, corpus, BATCH_SIZE)
-    loop = _PeftLoop(subject, corpus)
+    loop = PeftLoop(subject, corpus)
     trainer.step()
     loop.step(0)
 
@@ -82,7 +82,7 @@ def make_trainer(subject: Subject, corpus: Corpus, batch_size: int) -> Trainer:
     return Trainer(subject.base.model, adapter, corpus, corpus, config)
 
 
-class _PeftLoop:
+class PeftLoop:
     """What one writes from PEFT's documentation: padded batches, the model's own loss, AdamW on the adapter.
 
     The model has never run in eval mode: on CPU that would repack its weights and cut the gradient (bitsandbytes).

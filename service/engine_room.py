@@ -27,7 +27,7 @@ from service.resume_points import ResumePoints
 from service.training_gate import PaceObserver, TrainingGate
 from service.training_pace import PaceLimits, TrainingPace
 from service.tuning import TuningObserver, TuningServices
-from service.tuning_worker import TuningWorker, wait_for_stream
+from service.tuning_worker import TuningWorker, wait_for_stream, work_clock
 
 
 class Observer(EngineObserver, TuningObserver, JobObserver, PaceObserver, Protocol):
@@ -96,6 +96,7 @@ def training_gate(settings: Settings, engine: Engine, observer: PaceObserver) ->
         step_seconds=engine.step_times.take,
         observer=observer,
         drain=partial(wait_for_stream, engine.base.device),
+        work_clock=work_clock(engine.base.device),
     )
 
 

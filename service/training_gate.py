@@ -43,10 +43,12 @@ class TrainingGate:
         observer: PaceObserver,
         drain: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
+        work_clock: Callable[[], float] | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """`step_seconds` returns the decode steps since its last call. `drain` waits until the device has done what
-        training gave it: time is told only then."""
+        training gave it: time is told only then. `work_clock` tells how long training ran, as `clock` does unless
+        the device knows better."""
         self._pace = pace
         self._is_serving = is_serving
         self._step_seconds = step_seconds
@@ -54,7 +56,8 @@ class TrainingGate:
         self._drain = drain
         self._clock = clock
         self._sleep = sleep
-        self._resumed_at = self._reported_at = clock()
+        self._work_clock = work_clock or clock
+        self._resumed_at, self._reported_at = self._work_clock(), clock()
         self._owed = self._held = 0.0
 
     def hold(self, check: Callable[[], None]) -> None:
@@ -63,12 +66,12 @@ class TrainingGate:
         self._pace.observe(self._step_seconds())
         if self._is_serving() and self._pace.ratio < 1.0:
             self._drain()
-            self._owe(self._clock() - self._resumed_at)
+            self._owe(max(0.0, self._work_clock() - self._resumed_at))
             if self._owed >= SHORTEST_HOLD_SECONDS:
                 self._wait(check)
         else:
             self._owed = 0.0
-        self._resumed_at = self._clock()
+        self._resumed_at = self._work_clock()
         self._report()
 
     def _owe(self, worked: float) -> None:

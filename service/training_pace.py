@@ -3,10 +3,10 @@
 Pure arithmetic on the times of decode steps. Knows no clock, no thread and no training.
 
 The answer is a ratio: of the time in which somebody waits for a token, the share in which training may run. It moves
-on evidence only: down as soon as two steps among at most BATCH were slower than the target (their 99th percentile then
-is, too), up after BATCH steps whose 99th percentile leaves room, and not at all in the band between. Each move is a factor
-exp(± step); the step grows while moves go the same way and halves when they turn (Rprop, Riedmiller and Braun 1993),
-so a new load is met within some seconds and nothing swings for long, however steeply latency answers to training.
+on evidence only: down as soon as two steps among at most BATCH were slower than the target (their 99th percentile
+then is, too), up after BATCH steps whose 99th percentile leaves room, and not at all in the band between. Each move is
+a factor exp(± step); the step grows while moves go the same way and halves when they turn (Rprop, Riedmiller and Braun
+1993), so a new load is met within some seconds and nothing swings for long, however steep latency's answer is.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RECENT = 500
 
 @dataclass(frozen=True)
 class PaceLimits:
-    """`target_seconds` between two tokens at the 99th percentile (None: no target); `share` is the most training gets."""
+    """`target_seconds` between two tokens at the 99th percentile (None: no target); `share` is training's at most."""
 
     target_seconds: float | None
     share: float = 1.0

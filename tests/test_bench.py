@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench import report, results, tiers
+from bench import curve, memory, report, results, tiers
 from bench.__main__ import NAMES
 from bench.goals import goal
 from bench.measurement import Goal, interleave, quantity, ratio
@@ -168,3 +168,44 @@ def test_every_registered_adapter_is_found_and_can_be_read(tmp_path: Path) -> No
         digests = [found.digest(number) for number in range(12)]
         assert len(set(digests)) == 12
         assert all(found.load(digest).max_rank == 8 for digest in digests)
+
+
+def test_the_curve_is_one_table_of_its_points_and_only_goals_stand_below_it() -> None:
+    samples = {"a.p99": [30.0], "b.p99": [20.0]}
+    entries = [
+        ratio(curve.name(what, load, arm), samples, "a.p99", "b.p99", goal(curve.name(what, load, arm), cuda=False))
+        for load in (100, 25)
+        for arm in ("priorities", "target")
+        for what in curve.COLUMNS
+    ]
+    sections = {"Beside": [quantity("a.p99", samples, "ms"), *entries]}
+    written = results.collect(Plan.quick(cuda=False), True, sections).as_dict()
+    head, rows = curve.table(written["sections"]["Beside"]) or ([], [])
+    assert head == [
+        "load",
+        *("priorities: p99 ÷ no training", "priorities: training kept"),
+        *("target: p99 ÷ no training", "target: training kept"),
+    ]
+    assert [row[0] for row in rows] == ["25 %", "100 %"]
+    assert all(cell == "1.50" for row in rows for cell in row[1:])
+    text = report.markdown(written)
+    assert "| 25 % | 1.50 | 1.50 | 1.50 | 1.50 |" in text
+    assert "**p99 ÷ no training, 25 % load, target**" in text
+    assert "**p99 ÷ no training, 25 % load, priorities**" not in text
+    assert curve.table(written["sections"]["Beside"][:1]) is None
+
+
+@pytest.mark.slow
+def test_training_beside_serving_is_measured_at_every_load_in_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "NUM_STEPS", 1)
+    plan = replace(Plan.quick(cuda=False), sizes=MICRO, num_rows=1, co_serving_seconds=0.2)
+    (entries,) = run(plan, ["co-serving"], lambda step: None).values()
+    measured = {entry.name: entry for entry in entries}
+    for load in (25, 50, 75, 100):
+        for arm in ("priorities", "target", "lock"):
+            assert measured[curve.name("p99 ÷ no training", load, arm)].value > 0
+            for what in ("training kept", "training kept ÷ idle part"):
+                assert measured[curve.name(what, load, arm)].value >= 0  # a micro model's steps may all be late
+    assert measured["training kept, 0 % load, target"].value > 0
+    assert measured[memory.RATIO].value > 0
+    assert measured["a second QLoRA process.memory"].value > measured["what training adds.memory"].value > 0

@@ -38,7 +38,7 @@ def go_on() -> None:
 class Stage:
     """A gate whose time passes only while somebody works or sleeps."""
 
-    limits: PaceLimits = PaceLimits(None, share=0.25)
+    limits: PaceLimits = field(default_factory=lambda: PaceLimits(None, share=0.25))
     now: float = 0.0
     serving_until: float = float("inf")
     paced: list[tuple[float, float | None, float]] = field(default_factory=list)
@@ -101,12 +101,21 @@ def test_a_hold_ends_as_soon_as_the_last_answer_is_written() -> None:
 
 def test_a_thread_that_wakes_late_has_that_time_to_its_credit() -> None:
     stage, worked = Stage(), 0.0
-    stage.gate._sleep = lambda seconds: stage.work(seconds + 0.01)  # type: ignore[method-assign]
+    stage.gate._sleep = lambda seconds: stage.work(seconds + 0.01)
     for _ in range(1000):
         stage.work(0.003)
         worked += 0.003
         stage.gate.hold(go_on)
     assert worked / stage.now == pytest.approx(0.25, rel=0.02)
+
+
+def test_time_in_which_training_itself_stood_in_line_is_not_owed() -> None:
+    stage = Stage()
+    stage.gate._work_clock = lambda: stage.now / 2  # as a thread's own time, half of it spent behind others
+    stage.gate.hold(go_on)
+    stage.work(0.1)
+    stage.gate.hold(go_on)
+    assert stage.now == pytest.approx(0.1 + 0.05 * 3)
 
 
 def test_one_long_piece_of_work_does_not_hold_training_for_ever() -> None:
