@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from adapters.corpus import build_corpus
-from adapters.dataset import ChatExample, Message
+from adapters.example import ChatExample, Message
 from adapters.lora import BatchedLoraLinear
+from adapters.lora_weights import LoraSpec
 from adapters.pausing import pausing
-from adapters.peft_format import LoraSpec
 from adapters.recipe import TrainConfig
 from adapters.trainable import TrainableLora
 from adapters.trainer import Trainer
