@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adapters.lora import BatchedLoraLinear, current_route, routing
 from adapters.packing import current_pack, packed_as
+from adapters.segment_routing import SegmentRouting
 from adapters.trainable import TrainRouting
 
 _current = threading.local()
@@ -62,7 +63,7 @@ class _LayerForward:
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Around the forward: nothing. Around its repetition: the routing and the pack as they are now."""
     route, pack = current_route(), current_pack()
-    remembered = route.snapshot() if isinstance(route, TrainRouting) else route
+    remembered = route.snapshot() if isinstance(route, TrainRouting | SegmentRouting) else route
 
     @contextmanager
     def again() -> Iterator[None]:

@@ -14,6 +14,7 @@ from adapters.lora import Routing
 from adapters.memory_budget import MemoryBudget
 from adapters.objective import measure
 from adapters.packed_forward import PackedForward
+from adapters.shared_forward import SharedForward
 from adapters.supervised import Supervised
 
 
@@ -30,10 +31,15 @@ class Score:
 
 
 class PackedLoss:
-    """`max_tokens` bounds a pack: the memory it takes, and the wait of whoever wants to stop between two."""
+    """`max_tokens` bounds a pack: the memory it takes, and the wait of whoever wants to stop between two.
 
-    def __init__(self, model: nn.Module, device: torch.device, max_tokens: int) -> None:
-        self.forward = PackedForward(model, device, MemoryBudget(max_tokens))
+    With `shared`, packs are forwarded in turns with other runs', or together with them.
+    """
+
+    def __init__(
+        self, model: nn.Module, device: torch.device, max_tokens: int, shared: SharedForward | None = None
+    ) -> None:
+        self.forward = PackedForward(model, device, MemoryBudget(max_tokens), shared)
 
     def __call__(self, corpus: Corpus, pack: list[int], route: Routing | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed loss and number of right guesses over the learned tokens of one pack, both scalars."""

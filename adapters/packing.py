@@ -52,6 +52,19 @@ class PackedBatch:
         return rows[None]
 
 
+class JointPack:
+    """Packs of several owners side by side in one flat row; attention takes each as if it were alone.
+
+    So a pack's shapes, and with them its rounding, do not depend on who is beside it.
+    """
+
+    def __init__(self, parts: Sequence[PackedBatch]) -> None:
+        self.parts = list(parts)
+        self.sizes = [part.num_tokens for part in self.parts]
+        #: [1, tokens], restarting at every sequence
+        self.position_ids = torch.cat([part.position_ids for part in self.parts], dim=1)
+
+
 class _Pad(torch.autograd.Function):
     """Gather rows into the padded layout. Backward drops the padding's gradient: it is zero, see the module."""
 
@@ -85,9 +98,9 @@ class _Unpad(torch.autograd.Function):
 _current = threading.local()
 
 
-def current_pack() -> PackedBatch | None:
+def current_pack() -> PackedBatch | JointPack | None:
     """The pack this thread is computing, or None: other threads are not concerned."""
-    pack: PackedBatch | None = getattr(_current, "pack", None)
+    pack: PackedBatch | JointPack | None = getattr(_current, "pack", None)
     return pack
 
 
@@ -103,7 +116,7 @@ def packed_sequences(lengths: Sequence[int], device: torch.device | str = "cpu")
 
 
 @contextmanager
-def packed_as(pack: PackedBatch | None) -> Iterator[None]:
+def packed_as(pack: PackedBatch | JointPack | None) -> Iterator[None]:
     """Inside the block this thread's forwards are over the rows of this very pack; None: over plain batches."""
     before = current_pack()
     _current.pack = pack

@@ -76,6 +76,19 @@ class TrainRouting:
         copy.set_state(self.generator.get_state())
         return replace(self, generator=copy)
 
+    @property
+    def drops(self) -> bool:
+        """Whether dropout is on."""
+        return self.training and self.adapter.spec.lora_dropout > 0
+
+    def dropped(self, x: torch.Tensor) -> torch.Tensor:
+        """x after dropout, where there is any."""
+        if not self.drops:
+            return x
+        share = self.adapter.spec.lora_dropout
+        kept = torch.rand(x.shape, generator=self.generator, device=x.device) >= share
+        return x * kept / (1 - share)
+
     def apply(self, site: BatchedLoraLinear, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """y + (x A.T) B.T * scaling for each adapted part; siblings share one product with their stacked A."""
         if (pause := current_pause()) is not None:
@@ -84,9 +97,7 @@ class TrainRouting:
         if not adapted:
             return y
         spec = self.adapter.spec
-        if spec.lora_dropout and self.training:
-            kept = torch.rand(x.shape, generator=self.generator, device=x.device) >= spec.lora_dropout
-            x = x * kept / (1 - spec.lora_dropout)
+        x = self.dropped(x)
         factors = [factor for _, name in adapted for factor in (self.adapter.a[name], self.adapter.b[name])]
         spans = [site.spans[index] for index, _ in adapted]
         scalings = [spec.scaling_of(name) for _, name in adapted]

@@ -28,6 +28,7 @@ from adapters.packed_forward import PackedForward
 from adapters.packed_loss import PackedLoss, Score
 from adapters.preference import Preference
 from adapters.recipe import TrainConfig, num_steps
+from adapters.shared_forward import JointPassError, SharedForward
 from adapters.supervised import Supervised
 from adapters.trainable import TrainableLora, TrainRouting
 
@@ -56,15 +57,24 @@ class Trainer:
     """One run: history, scores and the best weights so far."""
 
     def __init__(
-        self, model: nn.Module, adapter: TrainableLora, train: Corpus, valid: Corpus, config: TrainConfig
+        self,
+        model: nn.Module,
+        adapter: TrainableLora,
+        train: Corpus,
+        valid: Corpus,
+        config: TrainConfig,
+        shared: SharedForward | None = None,
     ) -> None:
-        """`adapter` is as the run finds it: a preference run takes it as its reference."""
+        """`adapter` is as the run finds it: a preference run takes it as its reference.
+
+        `shared`: train beside the other runs that have it, each in a thread of its own.
+        """
         self.adapter = adapter
         self.train = train
         self.valid = valid
         self.config = config
         self.device = adapter.parameters()[0].device
-        self.loss = PackedLoss(model, self.device, config.max_slice_tokens)
+        self.loss = PackedLoss(model, self.device, config.max_slice_tokens, shared)
         self.memory = self.loss.forward.memory
         self.memory.recompute_layers = config.recompute_layers is True
         self.memory.may_recompute = config.recompute_layers is not False
@@ -151,6 +161,10 @@ class Trainer:
             self.best_step, self._best = self.steps_done, self.adapter.weights()
         return score
 
+    def leave(self) -> None:
+        """No step follows for now: runs that train beside this one need not wait for it."""
+        self.loss.forward.leave()
+
     def best_weights(self) -> LoraWeights:
         """Those with the best validation loss; the current ones before the first evaluation."""
         return self._best or self.adapter.weights()
@@ -203,22 +217,36 @@ class Trainer:
         """Gradients of the whole batch's loss, pack by pack; returns what was measured."""
         route = TrainRouting(self.adapter, generator=self._generator(self.steps_done))
         divisors, means = self.objective.divisors(batch), Means()
+        forward = self.loss.forward
         for pack in self.objective.packs(batch):
-            result = self.objective(pack, divisors, route)
-            result.loss.backward()  # type: ignore[no-untyped-call]
+            try:
+                result = self.objective(pack, divisors, route)
+                forward.backward(result.loss)
+            finally:
+                forward.abandon()
             means.add(result.sums)
             between_packs()
         return means.over(divisors)
 
     def _within_memory(self, longest: int, work: Callable[[], T]) -> T:
-        """Do the work, from its start again with smaller packs whenever the device runs out of memory."""
+        """Do the work, from its start again whenever the device runs out of memory: alone, then with smaller packs."""
+        forward = self.loss.forward
         while True:
             try:
-                return work()
+                found = work()
+                forward.keep_apart(False)
+                return found
+            except JointPassError as error:
+                forward.keep_apart(True)
+                if not error.out_of_memory:
+                    self.optimizer.clear()
+                    continue
+                change = "it is done again alone"
             except torch.OutOfMemoryError:
-                change = self.memory.tighten(longest)
-                if change is None:
+                tightened = self.memory.tighten(longest)
+                if tightened is None:
                     raise
+                change = tightened
             # Out of the handler: the traceback held the failed pack's tensors.
             self.optimizer.clear()
             if self.device.type == "cuda":

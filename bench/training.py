@@ -55,10 +55,12 @@ def measure(subject: Subject, plan: Plan, tick: Callable[[str], None]) -> list[E
     ]
 
 
-def random_corpus(vocabulary: int, num_examples: int) -> Corpus:
-    """Examples of 20 to 60 random tokens; the last third of each is the answer that is learned."""
-    generator = torch.Generator().manual_seed(3)
-    lengths = torch.randint(SHORTEST, LONGEST + 1, (num_examples,), generator=generator)
+def random_corpus(
+    vocabulary: int, num_examples: int, shortest: int = SHORTEST, longest: int = LONGEST, seed: int = 3
+) -> Corpus:
+    """Examples of so many random tokens; the last third of each is the answer that is learned."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(shortest, longest + 1, (num_examples,), generator=generator)
     stops = lengths.cumsum(0)
     starts = stops - lengths
     num_tokens = int(stops[-1])

@@ -110,6 +110,9 @@ class Settings(BaseSettings):
         description="Largest share of the time in which answers are being written that training may run; 0: only"
         " while nobody waits for one.",
     )
+    training_jobs: int = Field(
+        4, ge=1, le=64, description="Jobs trained at once, their small batches together; more memory, less waiting."
+    )
     lease_seconds: float = Field(
         30.0, ge=1.0, le=3600.0, description="A job whose worker is silent for so long may be claimed again."
     )

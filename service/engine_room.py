@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -27,7 +28,8 @@ from service.resume_points import ResumePoints
 from service.training_gate import PaceObserver, TrainingGate
 from service.training_pace import PaceLimits, TrainingPace
 from service.tuning import TuningObserver, TuningServices
-from service.tuning_worker import TuningWorker, wait_for_stream, work_clock
+from service.tuning_pool import TuningPool
+from service.tuning_worker import wait_for_stream, work_clock
 
 
 class Observer(EngineObserver, TuningObserver, JobObserver, PaceObserver, Protocol):
@@ -55,9 +57,9 @@ def running_engine(
         engine.start()
         stack.callback(engine.shutdown, 0.0)
         if settings.training:
-            worker = _tuning_worker(settings, archive, base, engine, observer)
-            worker.start()
-            stack.callback(worker.stop)
+            pool = _tuning_pool(settings, archive, base, engine, observer)
+            pool.start()
+            stack.callback(pool.stop)
         merges = merges_in(settings, archive.database)
         if merges is not None:
             merging = MergeWorker(merges, archive.store, base, max_rank=settings.max_lora_rank)
@@ -66,9 +68,9 @@ def running_engine(
         yield engine
 
 
-def _tuning_worker(
+def _tuning_pool(
     settings: Settings, archive: Archive, base: BaseModel, engine: Engine, observer: Observer
-) -> TuningWorker:
+) -> TuningPool:
     services = TuningServices(
         queue=JobQueue(archive.database, lease_seconds=settings.lease_seconds, observer=observer),
         files=archive.files,
@@ -80,18 +82,22 @@ def _tuning_worker(
         max_lora_rank=settings.max_lora_rank,
         save_every_seconds=settings.resume_point_seconds,
     )
-    gate = training_gate(settings, engine, observer)
-    return TuningWorker(services, name=f"{socket.gethostname()}-{os.getpid()}", gate=gate)
+    gates = training_gates(settings, engine, observer)
+    name = f"{socket.gethostname()}-{os.getpid()}"
+    return TuningPool(services, settings.training_jobs, name=name, gates=gates)
 
 
-def training_gate(settings: Settings, engine: Engine, observer: PaceObserver) -> TrainingGate | None:
-    """None where priorities alone arbitrate: then training is not even asked."""
+def training_gates(settings: Settings, engine: Engine, observer: PaceObserver) -> Callable[[], TrainingGate] | None:
+    """Makes a gate for each thread that trains, all of one pace. None where priorities alone arbitrate: then training
+    is not even asked."""
     target = None if settings.itl_target_ms is None else settings.itl_target_ms / 1e3
     limits = PaceLimits(target, settings.training_share)
     if limits.hold_nothing:
         return None
-    return TrainingGate(
-        TrainingPace(limits),
+    pace, lock = TrainingPace(limits), threading.Lock()
+    return lambda: TrainingGate(
+        pace,
+        lock=lock,
         is_serving=lambda: engine.is_busy,
         step_seconds=engine.step_times.take,
         observer=observer,

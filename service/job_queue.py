@@ -57,7 +57,10 @@ class JobQueue:
         self._observer = observer
 
     def claim(self, worker: str) -> Claim | None:
-        """The oldest job that is queued and not paused, or whose lease has run out; attempt is raised."""
+        """A job that is queued and not paused, or whose lease has run out; attempt is raised.
+
+        Of those whose tenant has the fewest jobs running, the oldest.
+        """
         entered: list[JobStatus] = []
         with self._database.begin() as connection:
             while (row := _next_claimable(connection)) is not None:
@@ -262,12 +265,20 @@ class JobQueue:
 
 def _next_claimable(connection: Connection) -> Any:
     orphaned = sa.and_(jobs.c.state == JobStatus.RUNNING, jobs.c.lease_expires_at < epoch_now())
+    others = jobs.alias("others")
+    running = (
+        sa.select(others.c.tenant_id, sa.func.count().label("num"))
+        .where(others.c.state == JobStatus.RUNNING, others.c.lease_expires_at >= epoch_now())
+        .group_by(others.c.tenant_id)
+        .subquery("running")
+    )
     query = (
         sa.select(jobs.c.id, jobs.c.state, jobs.c.attempt, jobs.c.num_lost_leases)
+        .outerjoin_from(jobs, running, running.c.tenant_id == jobs.c.tenant_id)
         .where(sa.or_(jobs.c.state == JobStatus.QUEUED, orphaned), sa.not_(jobs.c.paused))
-        .order_by(jobs.c.seq)
+        .order_by(sa.func.coalesce(running.c.num, 0), jobs.c.seq)
         .limit(1)
-        .with_for_update(skip_locked=True)
+        .with_for_update(skip_locked=True, of=jobs)
     )
     return connection.execute(query).one_or_none()
 

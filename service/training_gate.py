@@ -7,6 +7,7 @@ size of a piece of work: other pieces would add up in another order and end in o
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -32,7 +33,7 @@ class PaceObserver(Protocol):
 
 
 class TrainingGate:
-    """One training thread passes here, again and again."""
+    """One training thread passes here, again and again. Threads that train together have a gate each, of one pace."""
 
     def __init__(
         self,
@@ -45,10 +46,11 @@ class TrainingGate:
         clock: Callable[[], float] = time.monotonic,
         work_clock: Callable[[], float] | None = None,
         sleep: Callable[[float], None] = time.sleep,
+        lock: threading.Lock | None = None,
     ) -> None:
         """`step_seconds` returns the decode steps since its last call. `drain` waits until the device has done what
         training gave it: time is told only then. `work_clock` tells how long training ran, as `clock` does unless
-        the device knows better."""
+        the device knows better. `lock` guards a pace that several gates share."""
         self._pace = pace
         self._is_serving = is_serving
         self._step_seconds = step_seconds
@@ -56,6 +58,7 @@ class TrainingGate:
         self._drain = drain
         self._clock = clock
         self._sleep = sleep
+        self._lock = lock or threading.Lock()
         self._work_clock = work_clock or clock
         self._resumed_at, self._reported_at = self._work_clock(), clock()
         self._owed = self._held = 0.0
@@ -63,7 +66,8 @@ class TrainingGate:
     def hold(self, check: Callable[[], None]) -> None:
         """Wait as long as training owes. When `check` raises StopRequested, return at once: it is called again
         between two pieces of work, where stopping does no harm."""
-        self._pace.observe(self._step_seconds())
+        with self._lock:
+            self._pace.observe(self._step_seconds())
         if self._is_serving() and self._pace.ratio < 1.0:
             self._drain()
             self._owe(max(0.0, self._work_clock() - self._resumed_at))

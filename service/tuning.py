@@ -24,6 +24,7 @@ from adapters.packed_loss import Score
 from adapters.peft_format import read_adapter, write_adapter
 from adapters.rate_probe import RateProbe
 from adapters.recipe import TrainConfig, num_steps
+from adapters.shared_forward import SharedForward
 from adapters.store import AdapterStore
 from adapters.trainable import TrainableLora
 from adapters.trainer import Trainer
@@ -82,6 +83,8 @@ class TuningServices:
     max_lora_rank: int
     save_every_seconds: float = 30.0
     """Between two resume points; what a crash can cost."""
+    shared: SharedForward | None = None
+    """Of all jobs that train at once; None: each forwards for itself."""
 
 
 class TuningRun:
@@ -181,7 +184,7 @@ class TuningRun:
             if parent:
                 adapter.load(parent.modules)
             valid = data.valid if max_valid is None else data.valid.first(max_valid)
-            return Trainer(base.model, adapter, data.train, valid, config)
+            return Trainer(base.model, adapter, data.train, valid, config, self._services.shared)
 
         saved = self._saved_state()
         self._services.queue.progress(self._claim, resolved=plan.resolved)

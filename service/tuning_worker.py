@@ -39,11 +39,15 @@ class TuningWorker:
         gate: TrainingGate | None = None,
         poll_seconds: float = 0.5,
         heartbeat_seconds: float = 1.0,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         """`gate` holds training back for a latency target; None: priorities alone arbitrate. `heartbeat_seconds` is
-        how long a pause or cancel may take to be noticed, at most."""
+        how long a pause or cancel may take to be noticed, at most. `stream`: that of all workers who train together;
+        unset, one of its own.
+        """
         self._services = services
         self._gate = gate
+        self._stream = stream
         self._name = name
         self._poll_seconds = poll_seconds
         self._heartbeat = Heartbeat(services.queue, max_interval_seconds=heartbeat_seconds)
@@ -56,13 +60,17 @@ class TuningWorker:
 
     def stop(self, timeout_seconds: float = 30.0) -> None:
         """Ask the running job to stop at its next opportunity and wait for it."""
-        self._stopping.set()
-        self._heartbeat.shut_down()
+        self.ask_to_stop()
         self._thread.join(timeout_seconds)
         if self._thread.is_alive():
             logger.warning("tuning.stop_timed_out")  # its lease runs out and another process resumes the job
         else:
             self._heartbeat.stop()
+
+    def ask_to_stop(self) -> None:
+        """Without waiting."""
+        self._stopping.set()
+        self._heartbeat.shut_down()
 
     @property
     def alive(self) -> bool:
@@ -70,7 +78,7 @@ class TuningWorker:
 
     def _loop(self) -> None:
         lower_priority()
-        with background_stream(self._services.base.device):
+        with background_stream(self._services.base.device, self._stream):
             while not self._stopping.is_set():
                 try:
                     claim = self._services.queue.claim(self._name)
@@ -107,11 +115,16 @@ def lower_priority() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
 
 
-def background_stream(device: torch.device) -> AbstractContextManager[object]:
+def background_stream(device: torch.device, stream: torch.cuda.Stream | None = None) -> AbstractContextManager[object]:
     """On CUDA, a stream of the lowest priority: the engine's kernels go first."""
     if device.type != "cuda":
         return contextlib.nullcontext()
-    return torch.cuda.stream(torch.cuda.Stream(device, priority=0))  # type: ignore[no-untyped-call]
+    return torch.cuda.stream(stream or low_priority_stream(device))
+
+
+def low_priority_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """None where there are no streams."""
+    return torch.cuda.Stream(device, priority=0) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 def work_clock(device: torch.device) -> Callable[[], float]:

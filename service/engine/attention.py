@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from adapters.packing import PackedBatch, current_pack
+from adapters.packing import JointPack, PackedBatch, current_pack
 from service.engine.decode_attention import DecodeAttention
 from service.engine.kv_cache import LayerShape
 from service.engine.step_attention import StepAttention, softcapped
@@ -104,7 +104,7 @@ def _full_mask(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
 
 
 def _packed(
-    pack: PackedBatch,
+    pack: PackedBatch | JointPack,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -113,6 +113,9 @@ def _packed(
     softcap: float | None,
 ) -> torch.Tensor:
     """Isolated causal attention: query [1, heads, tokens, dim] -> [1, tokens, heads, dim]."""
+    if isinstance(pack, JointPack):
+        rows = zip(pack.parts, *(torch.split(x, pack.sizes, dim=2) for x in (query, key, value)), strict=True)
+        return torch.cat([_packed(part, q, k, v, scale, window, softcap) for part, q, k, v in rows], dim=1)
     q, k, v = pack.pad(query), pack.pad(key), pack.pad(value)
     limited = window is not None and window < pack.max_length
     mask = None
@@ -123,7 +126,7 @@ def _packed(
             mask &= at > at[:, None] - window
     if softcap is not None and mask is not None:
         out = torch.stack([softcapped(*row, mask, scale, softcap) for row in zip(q, k, v, strict=True)])
-    elif q.device.type == "cpu" and q.dtype == torch.bfloat16 and pack.max_length <= SHORT and q.requires_grad:
+    elif q.device.type == "cpu" and q.dtype == torch.bfloat16 and pack.max_length <= SHORT and torch.is_grad_enabled():
         out = _short_attention(q, k, v, mask, scale)
     else:
         gqa = q.shape[1] != k.shape[1]

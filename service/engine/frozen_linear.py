@@ -80,7 +80,7 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features).to(self.dtype)
-        if torch.is_grad_enabled() and rows.requires_grad:
+        if torch.is_grad_enabled():  # whatever `rows` require: a job's bits must not depend on who trains beside it
             y: torch.Tensor = _DenseProduct.apply(rows, self)  # type: ignore[no-untyped-call]
         else:
             y = self.product(rows)
@@ -223,7 +223,10 @@ class _DenseProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad @ ctx.layer.dequantized(), None
+        weight = ctx.layer.dequantized()
+        if grad.shape[0] == 1:  # a single row is multiplied by another kernel, which rounds differently
+            return (functional.pad(grad, (0, 0, 0, 1)) @ weight)[:1], None
+        return grad @ weight, None
 
 
 def _fused_bias(parts: Sequence[LinearWeights], dtype: torch.dtype) -> torch.Tensor | None:

@@ -8,6 +8,7 @@ from adapters.corpus import Corpus, build_corpus
 from adapters.example import ChatExample, Message, PreferenceExample
 from adapters.lora_weights import LoraSpec
 from adapters.recipe import TrainConfig
+from adapters.shared_forward import SharedForward
 from adapters.trainable import TrainableLora
 from adapters.trainer import Trainer
 from tests.adapters.conftest import GraftedBase, TemplateCodec
@@ -40,9 +41,10 @@ def make_trainer(
     valid: Corpus,
     config: TrainConfig = CONFIG,
     spec: LoraSpec = SPEC,
+    shared: SharedForward | None = None,
 ) -> Trainer:
     adapter = TrainableLora(spec, base.signature, seed=config.seed, device=torch.device("cpu"))
-    return Trainer(base.model, adapter, train, valid, config)
+    return Trainer(base.model, adapter, train, valid, config, shared)
 
 
 def run(trainer: Trainer, num_steps: int) -> None:

@@ -60,6 +60,23 @@ def test_jobs_are_claimed_oldest_first_and_once(control: Control) -> None:
     assert control.queue.claim("worker") is None
 
 
+def test_a_tenant_with_fewer_jobs_running_is_claimed_for_first(control: Control) -> None:
+    ours = [control.create_job().id for _ in range(4)]
+    theirs = [control.create_job(control.zenith).id for _ in range(2)]
+    claims = [control.claim() for _ in range(3)]
+    assert [claim.job.id for claim in claims] == [ours[0], theirs[0], ours[1]]
+    control.finish(claims[0])
+    assert [control.claim().job.id for _ in range(3)] == [ours[2], theirs[1], ours[3]]
+
+
+def test_a_job_whose_worker_is_gone_does_not_count_against_its_tenant(control: Control) -> None:
+    control.create_job()
+    lost = control.claim()
+    control.create_job(control.zenith)
+    control.expire_lease(lost.job.id)
+    assert control.claim().job.id == lost.job.id
+
+
 def test_a_claim_raises_the_attempt_and_shows_the_job_running(control: Control) -> None:
     job = control.create_job()
     claim = control.claim()
