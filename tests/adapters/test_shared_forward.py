@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from adapters.lora import BatchedLoraLinear
+from adapters.lora_weights import LoraSpec
 from adapters.objective import PackResult
 from adapters.packed_model import AskedRows
-from adapters.peft_format import LoraSpec
 from adapters.recipe import TrainConfig
 from adapters.segment_routing import SegmentRouting
 from adapters.shared_forward import SharedForward
@@ -34,8 +34,8 @@ Make = Callable[[SharedForward | None], list[Trainer]]
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who travelled together does so again on a busy machine, too."""
-    monkeypatch.setattr("adapters.turns.SHORTEST_PATIENCE", 0.5)
-    monkeypatch.setattr("adapters.turns.LONGEST_PATIENCE", 0.5)
+    monkeypatch.setattr("adapters.turns.SHORTEST_PATIENCE", 10.0)
+    monkeypatch.setattr("adapters.turns.LONGEST_PATIENCE", 10.0)
 
 
 @pytest.fixture(scope="module", params=["nf4", "none", pytest.param("int8", marks=pytest.mark.slow)])
@@ -216,8 +216,11 @@ def test_a_run_that_is_stopped_between_packs_resumes_in_company_to_the_same_bits
             raise Stopped
 
     def interrupted() -> None:
-        for _ in range(NUM_STEPS):
-            trainers[0].step(stop)
+        try:
+            for _ in range(NUM_STEPS):
+                trainers[0].step(stop)
+        finally:
+            trainers[0].leave()
 
     errors = at_once([interrupted, steps(trainers[1], NUM_STEPS)])
     assert isinstance(errors[0], Stopped) and errors[1] is None

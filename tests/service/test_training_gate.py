@@ -16,7 +16,7 @@ from service.config import Settings
 from service.engine.messages import Happened
 from service.engine.sequence import GenerationRequest, SamplingParams
 from service.engine_main import _Reporter
-from service.engine_room import training_gate
+from service.engine_room import training_gates
 from service.heartbeat import StopReason, StopRequested
 from service.job import Job, JobStatus
 from service.metrics import Metrics
@@ -275,9 +275,9 @@ def test_while_the_engine_is_idle_an_impossible_target_costs_training_nothing(wo
 
 def test_settings_decide_whether_there_is_a_gate_at_all(workshop: Workshop) -> None:
     paced = Paced(workshop, PaceLimits(1.0))
-    assert training_gate(Settings(), workshop.engine, paced) is None
-    assert training_gate(Settings(itl_target_ms=40.0), workshop.engine, paced) is not None
-    assert training_gate(Settings(training_share=0.5), workshop.engine, paced) is not None
+    assert training_gates(Settings(), workshop.engine, paced) is None
+    assert training_gates(Settings(itl_target_ms=40.0), workshop.engine, paced) is not None
+    assert training_gates(Settings(training_share=0.5), workshop.engine, paced) is not None
 
 
 def test_what_the_gate_reports_in_the_engines_process_reaches_the_metrics_of_the_api() -> None:

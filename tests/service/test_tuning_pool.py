@@ -83,7 +83,8 @@ def test_jobs_of_two_tenants_at_once_publish_the_adapters_they_would_publish_alo
     monkeypatch.setattr(SharedForward, "_forward", counting)
     services = replace(workshop.services, base=nf4_base)
     alone = _two_jobs(workshop, services, 1)
-    monkeypatch.setattr("adapters.turns.SHORTEST_PATIENCE", 0.1)
+    monkeypatch.setattr("adapters.turns.SHORTEST_PATIENCE", 1.0)
+    monkeypatch.setattr("adapters.turns.LONGEST_PATIENCE", 1.0)
     together = _two_jobs(workshop, services, 2)
     assert max(sizes) == 2, "they did not train together"
     assert together == alone
