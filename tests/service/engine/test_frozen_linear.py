@@ -137,6 +137,24 @@ def test_a_row_has_the_same_bits_in_every_crowd(
             assert torch.equal(product(x[rows]), expected[rows]), f"{num_rows} rows from {start}"
 
 
+@pytest.mark.usefixtures("num_threads")
+@pytest.mark.parametrize("kind", list(Quantization))
+@pytest.mark.parametrize("shape", [(192, 128), (70, 64), (1536, 512)])
+def test_in_training_too_a_bfloat16_row_and_its_gradient_have_the_same_bits_in_every_crowd(
+    kind: Quantization, shape: tuple[int, int]
+) -> None:
+    """Jobs train beside others; a single row's gradient used to come from another kernel."""
+    out, in_features = shape
+    layer = freeze(weights(out, in_features=in_features), kind, CPU)
+    x, upstream = torch.randn(256, in_features).bfloat16(), torch.randn(256, out).bfloat16()
+    expected, expected_gradient = layer(x.clone().requires_grad_()), gradient(layer, x, upstream)
+    for num_rows in (1, 2, 3, 5, 31, 100):
+        for start in (0, 3, *(range(10, 40) if num_rows == 1 else [127])):
+            rows = slice(start, start + num_rows)
+            assert torch.equal(layer(x[rows]), expected[rows]), f"{num_rows} rows from {start}, no gradient wanted"
+            assert torch.equal(gradient(layer, x[rows], upstream[rows]), expected_gradient[rows]), (num_rows, start)
+
+
 @pytest.mark.parametrize(("kind", "dtype"), KINDS)
 def test_prompt_rows_and_decode_rows_of_one_step_do_not_mind_each_other(kind: Quantization, dtype: torch.dtype) -> None:
     layer = freeze(weights(96, 32, dtype=dtype, bias=True), kind, CPU)
