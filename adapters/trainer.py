@@ -79,7 +79,7 @@ class Trainer:
         self.memory.recompute_layers = config.recompute_layers is True
         self.memory.may_recompute = config.recompute_layers is not False
         self.objective = _objective(config, train, self.loss.forward, config.kl_to_base)
-        self._valid_objective = _objective(config, valid, self.loss.forward)
+        self.valid_objective = _objective(config, valid, self.loss.forward)
         self.cursor = DataCursor(len(self.objective), config.batch_size, config.seed)
         self.steps_per_epoch = self.cursor.steps_per_epoch
         self.num_steps = num_steps(config, len(self.objective))
@@ -152,7 +152,7 @@ class Trainer:
     def evaluate(self, between_packs: Callable[[], None] = lambda: None) -> Score:
         """Score the validation examples, note it for this step, and keep the weights if they are the best yet."""
         self._prepare(between_packs)
-        objective, everything = self._valid_objective, list(range(len(self._valid_objective)))
+        objective, everything = self.valid_objective, list(range(len(self.valid_objective)))
         route = TrainRouting(self.adapter, training=False)
         longest = objective.longest(everything)
         means = self._within_memory(longest, lambda: measure(objective, everything, route, between_packs))
@@ -160,6 +160,22 @@ class Trainer:
         if isfinite(score.loss) and (self.best_step is None or score.loss < self.scores[self.best_step].loss):
             self.best_step, self._best = self.steps_done, self.adapter.weights()
         return score
+
+    def rehearse(self, batch: list[int], between_packs: Callable[[], None] = lambda: None) -> None:
+        """Forward and backward of a batch without the update, to be timed: the run goes on to the same bits."""
+        self._prepare(between_packs)
+        try:
+            longest = self.objective.longest(batch)
+            self._within_memory(longest, lambda: self._accumulate(batch, between_packs))
+        finally:
+            self.optimizer.clear()
+
+    def rehearse_scoring(self, batch: list[int], between_packs: Callable[[], None] = lambda: None) -> None:
+        """Score these validation examples as `evaluate` would, and note nothing."""
+        self._prepare(between_packs)
+        objective, route = self.valid_objective, TrainRouting(self.adapter, training=False)
+        longest = objective.longest(batch)
+        self._within_memory(longest, lambda: measure(objective, batch, route, between_packs))
 
     def leave(self) -> None:
         """No step follows for now: runs that train beside this one need not wait for it."""
@@ -181,7 +197,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "memory": self.memory.state_dict(),
             "prepared": self._prepared,
-            "objectives": [self.objective.state_dict(), self._valid_objective.state_dict()],
+            "objectives": [self.objective.state_dict(), self.valid_objective.state_dict()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -197,7 +213,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.memory.load_state_dict(state["memory"])
         self._prepared = state["prepared"]
-        for objective, saved in zip((self.objective, self._valid_objective), state["objectives"], strict=True):
+        for objective, saved in zip((self.objective, self.valid_objective), state["objectives"], strict=True):
             objective.load_state_dict(saved)
         self.history = [StepResult(**values) for values in state["history"]]
         self.scores = {step: Score(**values) for step, values in state["scores"].items()}
@@ -208,7 +224,7 @@ class Trainer:
         if self._prepared:
             return
         start = TrainRouting(self.adapter, training=False)
-        for objective in (self.objective, self._valid_objective):
+        for objective in (self.objective, self.valid_objective):
             longest = objective.longest(list(range(len(objective))))
             self._within_memory(longest, lambda o=objective: o.prepare(start, between_packs))  # type: ignore[misc]
         self._prepared = True

@@ -20,6 +20,7 @@ from service.engine.engine_process import EngineProcess
 from service.engine.grammar_compiler import GrammarCompiler
 from service.engine.remote_engine import RemoteEngine
 from service.engine.serving_engine import ServingEngine
+from service.estimates import Estimates
 from service.job_queue import JobQueue
 from service.jobs import Jobs
 from service.merges import merges_in
@@ -66,6 +67,7 @@ def open_services(
         grammars = GrammarCompiler(base)
         stack.callback(grammars.close)
         registry = Registry(archive.database, BaseIdentity(base.name, base.fingerprint))
+        jobs = Jobs(archive.database, metrics)
         yield Services(
             settings=settings,
             admin_key=admin_key,
@@ -77,7 +79,8 @@ def open_services(
             tenants=Tenants(archive.database),
             files=archive.files,
             data_reports=data_reports,
-            jobs=Jobs(archive.database, metrics),
+            estimates=Estimates(archive.files, archive.store, jobs, base, max_rank=settings.max_lora_rank),
+            jobs=jobs,
             registry=registry,
             store=archive.store,
             rollout=stack.enter_context(open_rollout(archive.database, registry, engine, metrics, settings)),

@@ -192,7 +192,8 @@ class Job:
     """One row. Times are unix seconds by the database's clock.
 
     `resolved` holds the hyperparameters that replaced "auto"; `resume_point` is the worker's own opaque
-    reference to its last resumable training state (see `JobQueue.save_resume_point`).
+    reference to its last resumable training state (see `JobQueue.save_resume_point`); `estimate` what the run was
+    predicted to take and, once it is over, what it took (see `service.tuning_estimate`).
     """
 
     id: str
@@ -212,6 +213,7 @@ class Job:
     result_files: tuple[str, ...] = ()
     error: JobError | None = None
     resume_point: str | None = None
+    estimate: Mapping[str, Any] | None = None
 
     @property
     def status(self) -> JobStatus:

@@ -112,13 +112,22 @@ class JobQueue:
         trained_tokens: int | None = None,
         estimated_finish: float | None = None,
         resolved: Mapping[str, Any] | None = None,
+        estimate: Mapping[str, Any] | None = None,
+        tokens_per_second: float | None = None,
     ) -> None:
         """Write what is known by now; None leaves a column as it is. `estimated_finish` is unix seconds;
-        `resolved` the hyperparameters that stand for "auto" (and any that a client may see)."""
-        known = {"trained_tokens": trained_tokens, "estimated_finish": estimated_finish}
+        `resolved` the hyperparameters that stand for "auto" (and any that a client may see); `tokens_per_second`
+        tells later estimates how fast this base learns here."""
+        known = {
+            "trained_tokens": trained_tokens,
+            "estimated_finish": estimated_finish,
+            "tokens_per_second": tokens_per_second,
+        }
         values: dict[str, Any] = {name: value for name, value in known.items() if value is not None}
         if resolved is not None:
             values["resolved"] = dict(resolved)
+        if estimate is not None:
+            values["estimate"] = dict(estimate)
         with self._fenced(claim, **values):
             pass
 

@@ -40,6 +40,7 @@ def job_of(row: sa.Row[Any]) -> Job:
         result_files=tuple(row.result_files),
         error=None if row.error is None else JobError(**row.error),
         resume_point=row.resume_point,
+        estimate=row.estimate,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, Protocol
 
 import sqlalchemy as sa
@@ -25,6 +26,8 @@ from service.tables import adapter_versions, epoch_now, job_events, job_metadata
 KEY_WINDOW_SECONDS = 24 * 3600.0
 RETRY_WINDOW_SECONDS = 900.0
 SILENT_WINDOW_SECONDS = 10.0
+NUM_REMEMBERED = 5
+"""Finished jobs whose pace a new one is expected to have."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,23 @@ class Jobs:
             _get(connection, tenant_id, job_id)
             report: Mapping[str, Any] | None = connection.execute(query).scalar_one()
         return report
+
+    def check(self, tenant_id: str, spec: JobSpec) -> None:
+        """Raises what `create` would raise about this spec."""
+        if spec.alias is not None:
+            check_alias_name(spec.alias, spec.base_model)
+        with self._database.read() as connection:
+            _require_files(connection, tenant_id, spec)
+
+    def tokens_per_second(self, base_fingerprint: str) -> float | None:
+        """What the last jobs that trained on this base did, of whichever tenant: their median. None: there are none."""
+        made = sa.exists().where(
+            adapter_versions.c.job_id == jobs.c.id, adapter_versions.c.base_fingerprint == base_fingerprint
+        )
+        query = sa.select(jobs.c.tokens_per_second).where(jobs.c.tokens_per_second.is_not(None), made)
+        with self._database.read() as connection:
+            rates = connection.execute(query.order_by(jobs.c.seq.desc()).limit(NUM_REMEMBERED)).scalars().all()
+        return median(rates) if rates else None
 
     def _set_paused(self, tenant_id: str, job_id: str, paused: bool, verb: str) -> Job:
         with self._database.begin() as connection:

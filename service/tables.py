@@ -82,6 +82,8 @@ jobs = Table(
     Column("result_files", sa.JSON, nullable=False, default=list),
     Column("error", sa.JSON(none_as_null=True)),
     Column("data_report", sa.JSON(none_as_null=True)),
+    Column("estimate", sa.JSON(none_as_null=True)),
+    Column("tokens_per_second", Float(53)),
     Column("idempotency_key", Text),
     Column("request_digest", String(64), nullable=False),
     Index("jobs_by_tenant", "tenant_id", "seq"),

@@ -41,6 +41,7 @@ from service.resume_points import ResumePoints
 from service.run_facts import facts_of_run
 from service.tuning_data import JobFiles, TuningData
 from service.tuning_evaluation import Evaluated, TuningEvaluation
+from service.tuning_estimate import EstimatedRun, comparison_message, estimate_message
 from service.tuning_plan import TuningPlan, make_plan
 from service.tuning_report import probe_message, score_metrics, step_message, step_metrics, step_metrics_csv
 
@@ -98,8 +99,7 @@ class TuningRun:
         self._trainer: Trainer | None = None
         self._probe: RateProbe | None = None
         self._facts: Mapping[str, Any] | None = None
-        self._saved_at = self._started_at = time.monotonic()
-        self._num_steps_before = 0
+        self._saved_at = time.monotonic()
         self._num_reported = 0
 
     def execute(self) -> Outcome:
@@ -127,12 +127,14 @@ class TuningRun:
         data = self._load(files)
         trainer = self._make_trainer(data)
         self._facts = facts_of_run(self._services.base, self._services.files, self._job, data, trainer)
-        self._train(trainer)
+        run = self._estimate(trainer)
+        self._train(trainer, run)
+        compared = self._compare(run)
         digest = self._publish(trainer.best_weights())
         evaluated = TuningEvaluation(self._services, self._claim, self._check, self._say).run(
             trainer, files, data, digest
         )
-        self._succeed(trainer, digest, evaluated)
+        self._succeed(trainer, digest, evaluated, compared)
 
     # -- the phases -------------------------------------------------------------------------------------------
 
@@ -196,8 +198,6 @@ class TuningRun:
         if saved.get("trainer"):
             trainer.load_state_dict(saved["trainer"])
             self._say(f"Resuming from step {trainer.steps_done}")
-        self._started_at = time.monotonic()
-        self._num_steps_before = trainer.steps_done
         self._num_reported = trainer.steps_done - trainer.evaluation_due
         return trainer
 
@@ -229,17 +229,39 @@ class TuningRun:
             self._say(f"Starting over: {error.message}", EventLevel.WARN)
             return {}
 
-    def _train(self, trainer: Trainer) -> None:
+    def _estimate(self, trainer: Trainer) -> EstimatedRun:
+        """What the run will take, told and kept; an earlier attempt's prediction stands."""
+        base, queue, before = self._services.base, self._services.queue, self._job.estimate
+        run = EstimatedRun(trainer, base, before["predicted"] if before else None)
+        found = run.predict(self._check, probed=self._probe is not None)
+        if found is not None and before is None:
+            kept = {"predicted": found.as_dict(), "actual": None}
+            queue.progress(self._claim, estimate=kept, estimated_finish=_finish(run))
+            self._say(estimate_message(found), data=found.as_dict())
+        return run
+
+    def _train(self, trainer: Trainer, run: EstimatedRun) -> None:
         while True:
-            score = trainer.evaluate(self._check) if trainer.evaluation_due else None
-            self._report(trainer, score)
+            score = None
+            if trainer.evaluation_due:
+                with run.evaluating():
+                    score = trainer.evaluate(self._check)
+            self._report(trainer, score, run)
             if trainer.done:
                 break
             self._save_when_due()
-            result = trainer.step(self._check)
+            with run.stepping():
+                result = trainer.step(self._check)
             self._services.observer.tokens_trained(result.num_tokens)
         if trainer.stopped_early:
             self._say(f"Stopped early: no better validation loss since step {trainer.best_step}")
+
+    def _compare(self, run: EstimatedRun) -> dict[str, Any]:
+        """The estimate beside the truth."""
+        compared = run.compared()
+        self._services.queue.progress(self._claim, estimate=compared, tokens_per_second=run.tokens_per_second)
+        self._say(comparison_message(compared), data=compared)
+        return compared
 
     def _publish(self, weights: LoraWeights) -> str:
         """The adapter's digest; its files are durable in the store, but no name points at them yet."""
@@ -248,7 +270,7 @@ class TuningRun:
             write_adapter(Path(directory), weights, base_name=base.name, base=base.signature)
             return self._services.store.publish(Path(directory))
 
-    def _succeed(self, trainer: Trainer, digest: str, evaluated: Evaluated) -> None:
+    def _succeed(self, trainer: Trainer, digest: str, evaluated: Evaluated, compared: Mapping[str, Any]) -> None:
         services = self._services
         contents = {"step_metrics.csv": step_metrics_csv(trainer)}
         if evaluated.report is not None:
@@ -261,6 +283,7 @@ class TuningRun:
             **score_metrics(trainer.scores[trainer.best_step] if trainer.best_step else None),
             "best_step": trainer.best_step,
             "evaluation": evaluated.as_dict(),
+            "estimate": dict(compared),
         }
         try:
             services.queue.succeed(
@@ -280,7 +303,7 @@ class TuningRun:
 
     # -- what the client sees of it ---------------------------------------------------------------------------
 
-    def _report(self, trainer: Trainer, score: Score | None) -> None:
+    def _report(self, trainer: Trainer, score: Score | None, run: EstimatedRun) -> None:
         """Events, progress and checkpoints after a step (and its evaluation, where one was due)."""
         while trainer.incidents:
             self._say(trainer.incidents.pop(0), EventLevel.WARN)
@@ -294,7 +317,7 @@ class TuningRun:
             metrics = step_metrics(trainer, trainer.history[-1], score, whole=ends_epoch or trainer.done)
             self._say(step_message(metrics), type=EventType.METRICS, data=metrics)
             self._services.queue.progress(
-                self._claim, trained_tokens=trainer.trained_tokens, estimated_finish=self._estimated_finish(trainer)
+                self._claim, trained_tokens=trainer.trained_tokens, estimated_finish=_finish(run)
             )
         if ends_epoch and score is not None:
             self._checkpoint(trainer, score)
@@ -314,11 +337,6 @@ class TuningRun:
             provenance=self._facts,
         )
         self._say(f"Checkpoint created at step {trainer.steps_done}")
-
-    def _estimated_finish(self, trainer: Trainer) -> float:
-        """Unix seconds, from the pace of this attempt."""
-        pace = (time.monotonic() - self._started_at) / max(1, trainer.steps_done - self._num_steps_before)
-        return time.time() + pace * (trainer.num_steps - trainer.steps_done)
 
     def _say(
         self,
@@ -391,3 +409,9 @@ class TuningRun:
 
     def _ids(self) -> dict[str, Any]:
         return {"job_id": self._job.id, "tenant": self._job.tenant_id, "attempt": self._claim.attempt}
+
+
+def _finish(run: EstimatedRun) -> float | None:
+    """Unix seconds at which training will be over."""
+    left = run.seconds_left()
+    return None if left is None else time.time() + left

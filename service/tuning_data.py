@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -16,7 +17,7 @@ from adapters.corpus import MAX_VALIDATION_EXAMPLES, Codec, Corpus, build_corpus
 from adapters.dataset import MIN_EXAMPLES, examples_at, preferences_at, read_examples, read_preferences
 from adapters.example import Example, PreferenceExample
 from service.files import Files
-from service.job import Job, Method
+from service.job import JobSpec, Method
 
 MAX_TRAIN_LENGTH = 8192
 EVALUATION_PARAM = "evaluation.file"
@@ -56,10 +57,19 @@ class TuningData:
         return ", ".join(parts)
 
 
+class Asked(Protocol):
+    """A job, or what will be one."""
+
+    @property
+    def tenant_id(self) -> str: ...
+    @property
+    def spec(self) -> JobSpec: ...
+
+
 class JobFiles:
     """Reads what one job names."""
 
-    def __init__(self, files: Files, job: Job, codec: Codec, max_length: int, check: Callable[[], None]) -> None:
+    def __init__(self, files: Files, job: Asked, codec: Codec, max_length: int, check: Callable[[], None]) -> None:
         self._files = files
         self._job = job
         self._codec = codec

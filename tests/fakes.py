@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from service.engine.sequence import (
     SequenceReport,
     TokenLogprob,
 )
+
+if TYPE_CHECKING:
+    from adapters.peft_format import BaseSignature
 
 
 class FakeTokenizer:
@@ -45,6 +48,16 @@ class FakeBase:
     tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
     chat_template: str = "role:content, and nothing of tools"
     added_tokens: frozenset[str] = frozenset()
+    activation_bytes: int = 4
+
+    @property
+    def signature(self) -> BaseSignature:
+        """Two layers, which nothing computes."""
+        from adapters.peft_format import BaseSignature, LinearShape
+
+        widths = {"self_attn.q_proj": (8, 8), "self_attn.k_proj": (8, 4), "mlp.down_proj": (16, 8)}
+        shapes = {f"model.layers.{i}.{name}": LinearShape(*width) for i in range(2) for name, width in widths.items()}
+        return BaseSignature(shapes, fingerprint=self.fingerprint)
 
     def render_chat(
         self,

@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/jobs. Knows the wire; `service.jobs` decides, and a worker (`service.tuning`) does the work."""
+"""/v1/fine_tuning: jobs, and what one would take. Knows the wire; `service.jobs` decides, and a worker (`service.tuning`) does the work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from service.errors import InvalidRequestError, NotFoundError
 from service.job import Checkpoint, EvaluationSpec, Event, Hyperparameters, Job, JobSpec, Method, Preset
 from service.jobs import Idempotency
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
+router = APIRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"])
 
 paged = Depends(only_query("after", "limit"))
 CHECKPOINT_METRICS = (
@@ -37,7 +37,7 @@ CHECKPOINT_METRICS = (
 )
 
 
-@router.post("")
+@router.post("/jobs")
 def create_job(
     body: JobRequest,
     tenant: TenantDep,
@@ -49,7 +49,27 @@ def create_job(
     return job_body(services.jobs.create(tenant.id, spec, _idempotency(body, idempotency_key, x_stainless_retry_count)))
 
 
-@router.get("", dependencies=[Depends(only_query("after", "limit", "metadata", prefixes=("metadata[",)))])
+@router.post("/estimate")
+def estimate_job(body: JobRequest, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
+    """What such a job would take. Outside of the event loop: it reads the whole file."""
+    made = services.estimates.make(tenant.id, _spec(body, tenant.id, services))
+    found = made.estimate
+    return {
+        "object": "fine_tuning.estimate",
+        "model": body.model,
+        "tokens": found.tokens,
+        "steps": found.steps,
+        "evaluations": found.evaluations,
+        "probe_steps": found.probe_steps,
+        "seconds": found.seconds,
+        "peak_memory_bytes": found.peak_memory_bytes,
+        "training_examples": made.num_train,
+        "validation_examples": made.num_valid,
+        "hyperparameters": dict(made.resolved),
+    }
+
+
+@router.get("/jobs", dependencies=[Depends(only_query("after", "limit", "metadata", prefixes=("metadata[",)))])
 def list_jobs(
     request: Request, tenant: TenantDep, services: ServicesDep, after: After = None, limit: Limit = 20
 ) -> dict[str, Any]:
@@ -57,27 +77,27 @@ def list_jobs(
     return list_body([job_body(job) for job in page.items], has_more=page.has_more)
 
 
-@router.get("/{job_id}")
+@router.get("/jobs/{job_id}")
 def get_job(job_id: str, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
     return job_body(services.jobs.get(tenant.id, job_id))
 
 
-@router.post("/{job_id}/cancel")
+@router.post("/jobs/{job_id}/cancel")
 def cancel_job(job_id: str, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
     return job_body(services.jobs.cancel(tenant.id, job_id))
 
 
-@router.post("/{job_id}/pause")
+@router.post("/jobs/{job_id}/pause")
 def pause_job(job_id: str, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
     return job_body(services.jobs.pause(tenant.id, job_id))
 
 
-@router.post("/{job_id}/resume")
+@router.post("/jobs/{job_id}/resume")
 def resume_job(job_id: str, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
     return job_body(services.jobs.resume(tenant.id, job_id))
 
 
-@router.get("/{job_id}/events", dependencies=[paged])
+@router.get("/jobs/{job_id}/events", dependencies=[paged])
 def list_events(
     job_id: str, tenant: TenantDep, services: ServicesDep, after: After = None, limit: Limit = 20
 ) -> dict[str, Any]:
@@ -85,7 +105,7 @@ def list_events(
     return list_body([event_body(event) for event in page.items], has_more=page.has_more)
 
 
-@router.get("/{job_id}/checkpoints", dependencies=[paged])
+@router.get("/jobs/{job_id}/checkpoints", dependencies=[paged])
 def list_checkpoints(
     job_id: str, tenant: TenantDep, services: ServicesDep, after: After = None, limit: Limit = 10
 ) -> dict[str, Any]:
@@ -93,7 +113,7 @@ def list_checkpoints(
     return list_body([checkpoint_body(checkpoint) for checkpoint in page.items], has_more=page.has_more)
 
 
-@router.get("/{job_id}/report")
+@router.get("/jobs/{job_id}/report")
 def get_data_report(job_id: str, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
     report = services.jobs.data_report(tenant.id, job_id)
     if report is None:
@@ -101,7 +121,7 @@ def get_data_report(job_id: str, tenant: TenantDep, services: ServicesDep) -> di
     return {"object": "fine_tuning.job.report", "job_id": job_id, **report}
 
 
-@router.get("/{job_id}/evaluation", dependencies=[Depends(only_query())])
+@router.get("/jobs/{job_id}/evaluation", dependencies=[Depends(only_query())])
 def get_evaluation(job_id: str, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
     """What the comparison before publication found, and what the gate made of it."""
     job = services.jobs.get(tenant.id, job_id)
@@ -116,7 +136,7 @@ def get_evaluation(job_id: str, tenant: TenantDep, services: ServicesDep) -> dic
 
 
 def job_body(job: Job) -> dict[str, Any]:
-    """OpenAI's job, with `paused`, `preset`, `alias`, `strict`, `evaluation` and `gate` beside it."""
+    """OpenAI's job, with `paused`, `preset`, `estimate`, `alias`, `strict`, `evaluation` and `gate` beside it."""
     hyperparameters = {**job.spec.hyperparameters.as_dict(), **(job.resolved or {})}
     del hyperparameters["kl_to_base" if job.spec.method is Method.DPO else "beta"]
     return {
@@ -139,6 +159,7 @@ def job_body(job: Job) -> dict[str, Any]:
         "finished_at": _seconds(job.finished_at),
         "estimated_finish": _seconds(job.estimated_finish),
         "trained_tokens": job.trained_tokens,
+        "estimate": None if job.estimate is None else dict(job.estimate),
         "error": None if job.error is None else {**job.error.__dict__},
         "integrations": [],
         "metadata": None if job.spec.metadata is None else dict(job.spec.metadata),

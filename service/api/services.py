@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from service.engine.base_description import BaseDescription
     from service.engine.grammar_compiler import GrammarCompiler
     from service.engine.serving_engine import ServingEngine
+    from service.estimates import Estimates
     from service.files import Files
     from service.jobs import Jobs
     from service.merges import Merges
@@ -39,6 +40,7 @@ class Services:
     tenants: Tenants
     files: Files
     data_reports: DataReports
+    estimates: Estimates
     jobs: Jobs
     registry: Registry
     store: AdapterStore

@@ -19,7 +19,8 @@ from service.engine.quantization import Quantization
 
 @dataclass(frozen=True)
 class BaseDescription:
-    """`fingerprint` names the weights, however they are quantized; `max_model_len` is prompt + answer, in tokens."""
+    """`fingerprint` names the weights, however they are quantized; `max_model_len` is prompt + answer, in tokens;
+    `activation_bytes` those of one number that a layer hands on."""
 
     name: str
     tokenizer: Tokenizer
@@ -30,6 +31,7 @@ class BaseDescription:
     pad_token_id: int
     vocab_size: int
     signature: BaseSignature
+    activation_bytes: int
 
     @property
     def chat_template(self) -> str:

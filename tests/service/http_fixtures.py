@@ -34,6 +34,7 @@ from service.database import connect
 from service.engine.base_model import BaseModel
 from service.engine.engine import Engine
 from service.engine.grammar_compiler import GrammarCompiler
+from service.estimates import Estimates
 from service.health import Health
 from service.merges import Merges
 from service.metrics import Metrics
@@ -135,6 +136,7 @@ def serve_fake(directory: Path, **settings: object) -> Iterator[Served]:
         engine = FakeEngine(observer=metrics)
         metrics.watch_engine(engine.stats)
         metrics.watch_leases(control.queue.max_lease_age_seconds)
+        store = AdapterStore(str(directory / "adapters"), directory / "cache")
         health = Health(chosen.stall_seconds)
         health.watch(cast(Engine, engine))
         services = Services(
@@ -149,8 +151,15 @@ def serve_fake(directory: Path, **settings: object) -> Iterator[Served]:
             files=control.files,
             data_reports=stack.enter_context(closing(DataReports(control.files, engine.base))),
             jobs=control.jobs,
+            estimates=Estimates(
+                control.files,
+                store,
+                control.jobs,
+                cast(BaseModel, engine.base),
+                max_rank=chosen.max_lora_rank,
+            ),
             registry=control.registry,
-            store=AdapterStore(str(directory / "adapters"), directory / "cache"),
+            store=store,
             rollout=stack.enter_context(
                 open_rollout(database, control.registry, cast(Engine, engine), metrics, chosen)
             ),
