@@ -26,8 +26,8 @@ from typing import Any
 
 from adapters.corpus import Corpus
 from adapters.data_cursor import DataCursor
+from adapters.lora_weights import BaseSignature, LoraSpec
 from adapters.packing import bounded_slices
-from adapters.peft_format import BaseSignature, LoraSpec
 from adapters.recipe import TrainConfig, auto_probe_steps, num_steps, steps_per_epoch
 
 NUM_RATES = 3

@@ -24,6 +24,9 @@ _EVERYWHERE = {
         for load in (25, 50, 75, 100)
     },
     "memory that training adds ÷ a second QLoRA process": Goal("≤", 0.2, "FlexLLM 0.2"),
+    "predicted ÷ actual, time": Goal("±", 0.25, ""),
+    "predicted ÷ actual, tokens": Goal("±", 0.25, ""),
+    "predicted ÷ actual, memory": Goal("±", 0.25, ""),
 }
 _TOGETHER = "mLoRA 1.35-1.58"
 _CPU = {

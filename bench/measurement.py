@@ -20,16 +20,23 @@ Variant = Callable[[], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Goal:
-    """What to pass, and the best that others are known for. From the project's list of references."""
+    """What to pass, and the best that others are known for. From the project's list of references.
 
-    relation: Literal["≥", "≤"]
+    "±" is how far from 1 a ratio may be.
+    """
+
+    relation: Literal["≥", "≤", "±"]
     bound: float
     reference: str
 
     def met(self, value: float) -> bool:
+        if self.relation == "±":
+            return abs(value - 1) <= self.bound
         return value >= self.bound if self.relation == "≥" else value <= self.bound
 
     def __str__(self) -> str:
+        if self.relation == "±":
+            return f"1 ± {self.bound:g}"
         return f"{self.relation} {self.bound:g}"
 
 

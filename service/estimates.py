@@ -12,7 +12,8 @@ from typing import Any, Protocol
 from adapters.corpus import Codec
 from adapters.errors import AdapterFormatError, TrainingError
 from adapters.estimate import Estimate, RunSize, estimate, peak_memory_bytes
-from adapters.peft_format import BaseSignature, LoraSpec, read_adapter
+from adapters.lora_weights import BaseSignature, LoraSpec
+from adapters.peft_format import read_adapter
 from adapters.store import AdapterStore
 from service.errors import DeadlineExceededError, InvalidRequestError, RateLimitError, UnavailableError
 from service.files import Files

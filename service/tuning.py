@@ -40,8 +40,8 @@ from service.job_report import report_events, report_on, strict_error
 from service.resume_points import ResumePoints
 from service.run_facts import facts_of_run
 from service.tuning_data import JobFiles, TuningData
-from service.tuning_evaluation import Evaluated, TuningEvaluation
 from service.tuning_estimate import EstimatedRun, comparison_message, estimate_message
+from service.tuning_evaluation import Evaluated, TuningEvaluation
 from service.tuning_plan import TuningPlan, make_plan
 from service.tuning_report import probe_message, score_metrics, step_message, step_metrics, step_metrics_csv
 

@@ -24,7 +24,7 @@ from service.engine.sequence import (
 )
 
 if TYPE_CHECKING:
-    from adapters.peft_format import BaseSignature
+    from adapters.lora_weights import BaseSignature
 
 
 class FakeTokenizer:
@@ -53,7 +53,7 @@ class FakeBase:
     @property
     def signature(self) -> BaseSignature:
         """Two layers, which nothing computes."""
-        from adapters.peft_format import BaseSignature, LinearShape
+        from adapters.lora_weights import BaseSignature, LinearShape
 
         widths = {"self_attn.q_proj": (8, 8), "self_attn.k_proj": (8, 4), "mlp.down_proj": (16, 8)}
         shapes = {f"model.layers.{i}.{name}": LinearShape(*width) for i in range(2) for name, width in widths.items()}

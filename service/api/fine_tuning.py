@@ -1,4 +1,4 @@
-"""/v1/fine_tuning: jobs, and what one would take. Knows the wire; `service.jobs` decides, and a worker (`service.tuning`) does the work."""
+"""/v1/fine_tuning: jobs, and what one would take. Knows the wire; `service.jobs` decides, `service.tuning` works."""
 
 from __future__ import annotations
 

@@ -70,9 +70,7 @@ def test_a_file_that_cannot_be_trained_on_is_refused_by_name(served: Served) -> 
 def test_an_estimate_that_takes_too_long_ends_and_frees_its_seat(workshop: Workshop) -> None:
     control = workshop.control
     spec = JobSpec("tiny", "tiny", workshop.upload(medlars(20)), 1)
-    hasty = Estimates(
-        control.files, workshop.store, control.jobs, workshop.base, max_rank=64, limit_seconds=-1.0
-    )
+    hasty = Estimates(control.files, workshop.store, control.jobs, workshop.base, max_rank=64, limit_seconds=-1.0)
     for _ in range(2):
         with pytest.raises(DeadlineExceededError):
             hasty.make(control.acme.id, spec)
@@ -89,9 +87,7 @@ def test_a_tenant_has_one_estimate_made_at_a_time(workshop: Workshop) -> None:
 
 def test_a_job_tells_its_estimate_and_compares_it_with_the_truth(workshop: Workshop) -> None:
     job = workshop.submit()
-    estimates = Estimates(
-        workshop.control.files, workshop.store, workshop.control.jobs, workshop.base, max_rank=64
-    )
+    estimates = Estimates(workshop.control.files, workshop.store, workshop.control.jobs, workshop.base, max_rank=64)
     asked = estimates.make(workshop.control.acme.id, job.spec).estimate
     assert TuningRun(workshop.services, workshop.control.claim(), lambda: None).execute() is Outcome.SUCCEEDED
     done = workshop.job(job)
