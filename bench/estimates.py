@@ -49,7 +49,7 @@ SHAPES = (
 
 def measure(subject: Subject, plan: Plan, tick: Callable[[str], None]) -> list[Entry]:
     """Predicted ÷ actual of each shape, in every round a new run."""
-    variants = {shape.name: lambda shape=shape: _ratios(subject, plan, shape) for shape in SHAPES}  # type: ignore[misc]
+    variants = {shape.name: lambda shape=shape: _ratios(subject, plan, shape) for shape in SHAPES}
     samples = interleave(variants, plan.training_rounds, tick)
     return [
         quantity(f"{shape.name}.{name}", samples, "predicted ÷ actual", _goal(name, subject))
@@ -118,7 +118,7 @@ def _profiled(trainer: Trainer) -> int:
     moments = 2 * sum(parameter.nbytes for parameter in trainer.adapter.parameters()) if trainer.steps_done else 0
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer.step()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = highest = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()

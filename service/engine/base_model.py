@@ -105,7 +105,7 @@ def load_base_model(
             head=head,
             embeddings=_embeddings(model, sites, head),
         ),
-        activation_bytes=model.get_input_embeddings().weight.dtype.itemsize,  # type: ignore[union-attr, arg-type]
+        activation_bytes=model.get_input_embeddings().weight.dtype.itemsize,  # type: ignore[arg-type]
         lora_sites=sites,
     )
 
