@@ -27,6 +27,7 @@ from service.engine.base_model import BaseModel, load_base_model
 from service.engine.engine import Engine
 from service.engine.engine_config import EngineConfig
 from service.engine.grammar_compiler import GrammarCompiler
+from service.estimates import Estimates
 from service.health import Health
 from service.metrics import Metrics
 from service.rollout import open_rollout
@@ -103,6 +104,7 @@ def serve_real(
         health.watch(engine)
         stack.callback(engine.shutdown, 0.0)
         grammars = stack.enter_context(closing(GrammarCompiler(base)))
+        store = AdapterStore(str(directory / "adapters"), directory / "cache")
         services = Services(
             settings=settings,
             admin_key=SecretStr(ADMIN_KEY),
@@ -116,7 +118,8 @@ def serve_real(
             data_reports=stack.enter_context(closing(DataReports(control.files, base))),
             jobs=control.jobs,
             registry=control.registry,
-            store=AdapterStore(str(directory / "adapters"), directory / "cache"),
+            estimates=Estimates(control.files, store, control.jobs, base, max_rank=64),
+            store=store,
             rollout=stack.enter_context(open_rollout(database, control.registry, engine, metrics, settings)),
         )
         tuned = control.publish(suffix="tuned", digest=ADAPTER)
