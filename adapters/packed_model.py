@@ -17,6 +17,9 @@ from adapters.packing import JointPack, PackedBatch, packed_as
 Row = tuple[torch.Tensor, torch.Tensor]
 """Tokens and a mask, both [length]: the mask is True at tokens whose prediction is asked for."""
 
+FINE_STEP, COARSE_STEP, COARSE_FROM = 16, 64, 256
+"""Packs are filled to a multiple of the first, or from so many tokens on of the second."""
+
 
 @dataclass(frozen=True)
 class AskedRows:
@@ -34,7 +37,19 @@ class AskedRows:
         tokens = torch.cat([tokens[:-1] for tokens, _ in rows]).to(device, torch.int64)
         labels = torch.cat([tokens[1:] for tokens, _ in rows]).to(device, torch.int64)
         positions = torch.cat([mask[1:] for _, mask in rows]).nonzero().squeeze(1).to(device)
-        return cls(tokens, positions, labels[positions], [len(tokens) - 1 for tokens, _ in rows])
+        lengths = [len(tokens) - 1 for tokens, _ in rows]
+        if filler := _filler(len(tokens)):
+            tokens, lengths = torch.cat([tokens, tokens.new_zeros(filler)]), [*lengths, filler]
+        return cls(tokens, positions, labels[positions], lengths)
+
+
+def _filler(num_tokens: int) -> int:
+    """Tokens of a row that nobody asks about, for a round number of rows in every product.
+
+    oneDNN compiles and keeps each shape that it meets: with any number of tokens that came to 500 MB in a run.
+    """
+    step = FINE_STEP if num_tokens < COARSE_FROM else COARSE_STEP
+    return -num_tokens % step
 
 
 class PackedModel:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from adapters.errors import AdapterError, StoreError
+from adapters.host_memory import give_back
 from adapters.lora_weights import LoraWeights
 from adapters.packed_loss import Score
 from adapters.peft_format import read_adapter, write_adapter
@@ -118,6 +119,8 @@ class TuningRun:
             outcome = self._fail(error)
         if outcome in (Outcome.SUCCEEDED, Outcome.FAILED, Outcome.CANCELLED):
             self._services.resume_points.discard(self._job.id)
+        self._trainer = self._probe = None
+        give_back()
         return outcome
 
     def _run(self) -> None:
@@ -362,6 +365,7 @@ class TuningRun:
         reference = points.save(self._job.id, self._claim.attempt, state)
         self._services.queue.save_resume_point(self._claim, reference)
         points.discard(self._job.id, keep=reference)
+        give_back()
         self._saved_at = time.monotonic()
 
     def _give_back(self, reason: StopReason) -> Outcome:

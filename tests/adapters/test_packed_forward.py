@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from adapters.memory_budget import MemoryBudget
 from adapters.packed_forward import PackedForward
+from adapters.packed_model import COARSE_FROM, COARSE_STEP, FINE_STEP, AskedRows
 from tests.adapters.conftest import GraftedBase
 
 CPU = torch.device("cpu")
@@ -38,3 +40,14 @@ def test_logits_are_those_of_the_plain_model_where_they_are_asked_for(grafted: G
         slow = [grafted.model(input_ids=tokens[None].long(), use_cache=False).logits[0] for tokens, _ in rows]
     assert labels.tolist() == [8, 13, 41]
     torch.testing.assert_close(logits, torch.stack([slow[0][2], slow[0][7], slow[1][0]]))
+
+
+@pytest.mark.parametrize("lengths", [[9, 6], [100, 100, 90], [17]])
+def test_packs_are_filled_to_round_sizes_with_tokens_that_nobody_sees(lengths: list[int]) -> None:
+    rows = [_row(5, length, [length - 1]) for length in lengths]
+    asked = AskedRows.of(rows, CPU)
+    num_tokens = sum(lengths) - len(lengths)
+    assert len(asked.tokens) % (FINE_STEP if num_tokens < COARSE_FROM else COARSE_STEP) == 0
+    assert sum(asked.lengths) == len(asked.tokens) < num_tokens + COARSE_STEP
+    assert max(asked.positions.tolist()) < num_tokens, "no prediction is asked of the filler"
+    assert asked.lengths[: len(lengths)] == [length - 1 for length in lengths]
