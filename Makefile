@@ -42,7 +42,7 @@ fast: install
 	$(BIN)/pytest -m "not slow" -n 2 --dist worksteal
 
 test: lint  ## everything: linters, types, import contract and all tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 bench: install  ## the full benchmark, as ratios, into bench/results/
 	$(BIN)/python -m bench

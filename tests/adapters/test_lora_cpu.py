@@ -74,6 +74,7 @@ def test_what_lies_behind_an_adapter_s_own_rank_costs_nothing() -> None:
     torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_threads_give_the_bits_of_one() -> None:
     child = [sys.executable, "-m", "tests.kernel_bits"]
     environ = {**os.environ, "NUMBA_NUM_THREADS": "2"}

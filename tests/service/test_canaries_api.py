@@ -11,6 +11,8 @@ import pytest
 from tests.service.http_fixtures import Served
 from tests.service.real_service import ADAPTER, RealService, real_service
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["real_service"]
 
 CANARY = "/v1/aliases/best/canary"

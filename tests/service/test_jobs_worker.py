@@ -359,6 +359,8 @@ WORKER = """
 import sys, time
 from service.database import connect
 from service.job_queue import JobQueue
+
+pytestmark = pytest.mark.slow
 queue = JobQueue(connect(sys.argv[1]), lease_seconds=2.0)
 claim = queue.claim("killed")
 queue.files_validated(claim)

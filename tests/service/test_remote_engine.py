@@ -34,7 +34,7 @@ from service.engine.triggered_grammar import TriggeredGrammar
 from tests.adapters.loras import random_lora
 from tests.service.engine.conftest import Ear
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 PATIENCE_SECONDS = 60.0
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)

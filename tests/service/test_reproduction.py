@@ -111,6 +111,7 @@ def test_a_file_that_was_changed_on_disk_is_noticed(workshop: Workshop) -> None:
         _reproducer(workshop, model).check()
 
 
+@pytest.mark.slow
 def test_another_seed_would_give_another_digest_and_is_told(workshop: Workshop) -> None:
     """The comparison can fail."""
     model = _trained(workshop)

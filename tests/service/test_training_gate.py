@@ -233,6 +233,7 @@ def answers_without_end(workshop: Workshop) -> Iterator[None]:
             thread.join(30)
 
 
+@pytest.mark.slow
 def test_under_an_impossible_target_training_goes_on_at_the_floor(workshop: Workshop) -> None:
     paced = Paced(workshop, PaceLimits(1e-6))
     job = workshop.submit(hyperparameters=LONG)

@@ -200,6 +200,7 @@ def test_a_bug_fails_the_job_without_telling_the_tenant_its_insides(
     assert "secret" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [10, 31, 60, 90])  # while reporting, reading, training and late in training
 def test_a_paused_job_continues_to_the_very_same_bytes(workshop: Workshop, calls: int) -> None:
     job = workshop.submit()
@@ -362,6 +363,7 @@ def test_preferences_are_learned_told_published_and_served(workshop: Workshop) -
     workshop.answer("word 99?", workshop.digest(job))
 
 
+@pytest.mark.slow
 def test_a_killed_preference_job_resumes_to_the_very_same_bytes(workshop: Workshop) -> None:
     quick = replace(QUICK, n_epochs=1, lora_r=4)
     job = workshop.submit(_pairs(24), method=Method.DPO, hyperparameters=quick)
@@ -396,6 +398,7 @@ def test_a_file_of_the_other_method_fails_the_job_and_says_so(
 PROBED = replace(QUICK, learning_rate="probe", learning_rate_multiplier=2.0, n_epochs=1, lora_r=4)
 
 
+@pytest.mark.slow
 def test_a_probed_learning_rate_is_told_and_shown(workshop: Workshop) -> None:
     job = workshop.submit(hyperparameters=PROBED)
     assert _run(workshop) is Outcome.SUCCEEDED
@@ -409,6 +412,7 @@ def test_a_probed_learning_rate_is_told_and_shown(workshop: Workshop) -> None:
     assert any(m.startswith(f"Learning rate {resolved['learning_rate']:.2g} chosen; ") for m in messages)
 
 
+@pytest.mark.slow
 def test_a_job_interrupted_in_its_probe_continues_to_the_very_same_bytes(workshop: Workshop) -> None:
     job = workshop.submit(hyperparameters=PROBED)
     claim = workshop.control.claim()
@@ -427,6 +431,7 @@ def test_a_job_interrupted_in_its_probe_continues_to_the_very_same_bytes(worksho
     assert workshop.digest(job) == _straight(workshop, job)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_one_layer_is_trained_written_served_and_continued(workshop: Workshop) -> None:
     one_layer = replace(QUICK, layers_to_transform=(1,), target_modules="all-linear", n_epochs=3, learning_rate=2e-2)
     job = workshop.submit(hyperparameters=one_layer)

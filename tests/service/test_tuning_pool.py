@@ -19,6 +19,8 @@ from service.tuning import TuningServices
 from service.tuning_pool import TuningPool
 from tests.service.tuning_fixtures import QUICK, Workshop, tiny_base, workshop
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["tiny_base", "workshop"]
 
 SHORT = replace(QUICK, n_epochs=2)

@@ -214,6 +214,8 @@ from service.tuning import TuningServices
 from service.tuning_worker import TuningWorker
 from tests.service.tuning_fixtures import Tally
 
+pytestmark = pytest.mark.slow
+
 url, storage, base = sys.argv[1:]
 database = connect(url)
 services = TuningServices(
