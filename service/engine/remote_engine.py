@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from queue import SimpleQueue
-from typing import Any
 
 from service.engine.crash_limit import CrashLimit
 from service.engine.engine_process import EngineProcess
@@ -54,7 +53,7 @@ class RemoteEngine(ServingEngine):
         self._stopping = False
         self._refusal: str | None = None
         self._process = started or start()
-        ready = _ready(self._process)
+        ready = self._ready(self._process)
         self.base, self.embedding_size = ready.base, ready.embedding_size
         self._stats, self._heard_at = ready.stats, time.monotonic()
         self._outgoing: SimpleQueue[ToEngine | None] = SimpleQueue()
@@ -150,7 +149,7 @@ class RemoteEngine(ServingEngine):
             return False
         try:
             process = self._start()
-            ready = _ready(process)
+            ready = self._ready(process)
         except Exception as error:
             logger.exception("engine_process.not_restarted")
             self._refusal = f"the engine's process could not be started again: {type(error).__name__}"
@@ -183,15 +182,19 @@ class RemoteEngine(ServingEngine):
             put(ended)
         self._outbox.deliver()
 
-
-def _ready(process: EngineProcess) -> Ready:
-    try:
-        answer: Any = process.line.receive()
-    except (EOFError, OSError):
-        process.join(5.0)
-        raise BaseModelError(f"the engine's process ended while it was starting: {process.describe_end()}") from None
-    if isinstance(answer, NotStarted):
-        process.join(END_SECONDS)
-        raise BaseModelError(answer.message)
-    assert isinstance(answer, Ready)
-    return answer
+    def _ready(self, process: EngineProcess) -> Ready:
+        """Wait until the base is loaded. Training may have begun by then, and tells so."""
+        while True:
+            try:
+                message: object = process.line.receive()
+            except (EOFError, OSError):
+                process.join(5.0)
+                end = process.describe_end()
+                raise BaseModelError(f"the engine's process ended while it was starting: {end}") from None
+            match message:
+                case Ready():
+                    return message
+                case NotStarted(message=why):
+                    process.join(END_SECONDS)
+                    raise BaseModelError(why)
+            self._hear(message)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from adapters.gate import GatePolicy
 from service.card import make_card
 from service.card_markdown import card_markdown
 from service.reproduction import NoEngine
@@ -44,7 +45,13 @@ def test_the_four_questions_are_answered_even_after_files_job_and_parent_are_gon
     parent = _trained(workshop, alias="best")
     hyperparameters = replace(QUICK, n_epochs=1, lora_r="auto", target_modules="all-linear")
     version = _trained(
-        workshop, model="best", parent_digest=parent.digest, alias="best", seed=11, hyperparameters=hyperparameters
+        workshop,
+        model="best",
+        parent_digest=parent.digest,
+        alias="best",
+        gate=GatePolicy(enabled=False),
+        seed=11,
+        hyperparameters=hyperparameters,
     )
     assert version.provenance is not None
     file_id = version.provenance["data"]["training_file"]["id"]

@@ -21,6 +21,8 @@ from service.job_queue import ClaimEndedError, FencedWriteError, JobCancelledErr
 from service.tables import jobs
 from tests.service.control_fixtures import BASE, Control
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[2]
 
 Write = Callable[[JobQueue, Claim], object]
@@ -359,8 +361,6 @@ WORKER = """
 import sys, time
 from service.database import connect
 from service.job_queue import JobQueue
-
-pytestmark = pytest.mark.slow
 queue = JobQueue(connect(sys.argv[1]), lease_seconds=2.0)
 claim = queue.claim("killed")
 queue.files_validated(claim)

@@ -22,6 +22,8 @@ from service.tuning import TuningServices
 from service.tuning_worker import LOWEST_PRIORITY, TuningWorker
 from tests.service.tuning_fixtures import QUICK, Workshop, medlars, tiny_base, workshop
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["tiny_base", "workshop"]
 
 LONG = replace(QUICK, n_epochs=50, early_stopping_patience=None, learning_rate=1e-4)
@@ -213,9 +215,6 @@ from service.resume_points import ResumePoints
 from service.tuning import TuningServices
 from service.tuning_worker import TuningWorker
 from tests.service.tuning_fixtures import Tally
-
-pytestmark = pytest.mark.slow
-
 url, storage, base = sys.argv[1:]
 database = connect(url)
 services = TuningServices(
