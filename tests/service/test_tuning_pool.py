@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
 
 from adapters.shared_forward import SharedForward
+from adapters.trainer import StepResult, Trainer
 from service.engine.base_model import BaseModel, load_base_model
 from service.files import FilePurpose
 from service.job import Hyperparameters, Job, JobStatus
@@ -87,6 +89,14 @@ def test_jobs_of_two_tenants_at_once_publish_the_adapters_they_would_publish_alo
     alone = _two_jobs(workshop, services, 1)
     monkeypatch.setattr("adapters.turns.SHORTEST_PATIENCE", 1.0)
     monkeypatch.setattr("adapters.turns.LONGEST_PATIENCE", 1.0)
+    both, step = Barrier(2, timeout=60), Trainer.step
+
+    def step_when_both_have_come(trainer: Trainer, *args: Any) -> StepResult:
+        if trainer.steps_done == 0:
+            both.wait()
+        return step(trainer, *args)
+
+    monkeypatch.setattr(Trainer, "step", step_when_both_have_come)
     together = _two_jobs(workshop, services, 2)
     assert max(sizes) == 2, "they did not train together"
     assert together == alone
