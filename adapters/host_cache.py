@@ -6,8 +6,6 @@ Knows the store only as a function, and no slot.
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 import time
 from collections import OrderedDict
@@ -18,6 +16,7 @@ from contextlib import suppress
 from adapters.errors import AdapterError, AdapterFormatError
 from adapters.prepared import PreparedAdapter
 from adapters.slot_observer import SlotObserver
+from adapters.thread_priority import lower_priority
 
 NUM_LOADERS = 4
 """A store on the network answers slowly and many at once."""
@@ -172,7 +171,6 @@ class HostCache:
 
 
 def _stand_back() -> None:
-    """Decoding goes first: Linux gives each thread a priority of its own."""
-    if sys.platform == "linux":
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    """Decoding goes first. Refused where the whole process stands further back already, which is as good."""
+    with suppress(OSError):
+        lower_priority(_NICENESS)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from adapters.pausing import Pause, pausing
+from adapters.thread_priority import lower_priority
 from adapters.trainer import Trainer
 from service import tuning_worker
 
@@ -56,7 +57,7 @@ class Learner:
 
     def _loop(self) -> None:
         # The service's own way of standing back, not a copy of it.
-        tuning_worker.lower_priority()
+        lower_priority()
         with tuning_worker.background_stream(self._trainer.device):
             while self._may_go_on():
                 with pausing(self._pause), self._around:

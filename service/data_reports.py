@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -16,6 +14,7 @@ from typing import Protocol
 
 from adapters.corpus import Codec
 from adapters.data_report import Base, DataReport, make_report
+from adapters.thread_priority import lower_priority
 from service.errors import DeadlineExceededError, RateLimitError, UnavailableError
 from service.files import File, Files
 from service.tuning_data import BREATH_SECONDS, MAX_TRAIN_LENGTH
@@ -24,7 +23,6 @@ MAX_REMEMBERED = 128
 MAX_WAITING = 16
 MAX_WAITING_OF_A_TENANT = 2
 LIMIT_SECONDS = 600.0
-LOWEST_PRIORITY = 19
 
 
 class ReportedBase(Codec, Protocol):
@@ -62,7 +60,7 @@ class DataReports:
         self._remembered: OrderedDict[str, FileReport] = OrderedDict()
         self._waiting: Counter[str] = Counter()
         self._closing = threading.Event()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="data-report", initializer=_lower_priority)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="data-report", initializer=lower_priority)
 
     def submit(self, tenant_id: str, training: File, validation: File | None = None) -> Future[FileReport]:
         """Raises RateLimitError when this tenant waits for two reports already, UnavailableError when all do."""
@@ -138,9 +136,3 @@ class DataReports:
 def _key(tenant_id: str, training: File, validation: File | None) -> str:
     parts = (tenant_id, training.sha256, "" if validation is None else validation.sha256)
     return sha256("\0".join(parts).encode()).hexdigest()
-
-
-def _lower_priority() -> None:
-    """Behind decoding, as training is."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)

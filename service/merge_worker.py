@@ -12,10 +12,11 @@ from adapters.durable import fsync_path
 from adapters.errors import AdapterError
 from adapters.peft_format import read_adapter
 from adapters.store import AdapterStore
+from adapters.thread_priority import lower_priority
 from service.engine.base_model import BaseModel
 from service.merges import LEASE_SECONDS, Merge, MergeGoneError, Merges
 from service.merging import write_merged
-from service.tuning_worker import background_stream, lower_priority
+from service.tuning_worker import background_stream
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,14 +16,13 @@ from functools import partial
 import torch
 
 from adapters.pausing import pausing
+from adapters.thread_priority import lower_priority
 from service.heartbeat import Heartbeat
 from service.job import Claim
 from service.training_gate import TrainingGate
 from service.tuning import Outcome, TuningRun, TuningServices
 
 logger = logging.getLogger(__name__)
-
-LOWEST_PRIORITY = 19
 
 
 class TuningWorker:
@@ -103,16 +100,6 @@ class TuningWorker:
         seconds = time.monotonic() - started
         self._services.observer.job_run_finished(outcome.value, seconds)
         logger.info("tuning.run_finished", extra={**extra, "outcome": outcome.value, "seconds": round(seconds, 3)})
-
-
-def lower_priority() -> None:
-    """Let the kernel arbitrate between decoding and training.
-
-    Before this thread's first torch call: its OpenMP workers inherit the priority. Measured on 2 cores, p99 of a
-    decode step beside training: x 2.1-2.9 at equal priority, x 1.06-1.25 so; a lock per step x 35-47.
-    """
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
 
 
 def background_stream(device: torch.device, stream: torch.cuda.Stream | None = None) -> AbstractContextManager[object]:

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 import service.tuning_worker
+from adapters.thread_priority import LOWEST_PRIORITY
 from service.heartbeat import Heartbeat, StopReason, StopRequested
 from service.job import Claim, Directive, Job, JobStatus
 from service.job_queue import FencedWriteError, JobQueue
 from service.tuning import TuningServices
-from service.tuning_worker import LOWEST_PRIORITY, TuningWorker
+from service.tuning_worker import TuningWorker
 from tests.service.tuning_fixtures import QUICK, Workshop, medlars, tiny_base, workshop
 
 pytestmark = pytest.mark.slow
