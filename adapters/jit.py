@@ -25,8 +25,12 @@ _intrinsic: Any = intrinsic
 DTYPES = frozenset({torch.float32, torch.bfloat16})
 """What the kernels compute on; everything is accumulated in float32."""
 
-_FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
-"""Sums may be reordered, as vectorizing needs. The order depends on sizes alone, never on other rows."""
+_FASTMATH = {"reassoc", "contract"}
+"""Sums may be reordered, as vectorizing needs. The order depends on sizes alone, never on other rows.
+
+No more than that: with `nsz` a kernel just compiled and the same one read from the cache, which LLVM has optimized once
+more, differed in last bits.
+"""
 
 
 def kernel(function: Callable[..., None]) -> Any:

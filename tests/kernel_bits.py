@@ -24,8 +24,8 @@ def digest() -> str:
         slots: list[int | None] = [0, 1, *[2] * 20, None, 3]
         x, y = rows_of(13 + len(slots), 600, dtype, cpu)
         _add_compiled(table, Chunks([Chunk(0, 6, 1), Chunk(6, 13, 3)]), RowSlots(slots, 13), x, y)
-        attended = Rows(SHAPES["grouped"], dtype, cpu).reference(compiled=True)
-        for result in (y, attended):
+        attended = [Rows(shape, dtype, cpu).reference(compiled=True) for shape in SHAPES.values()]
+        for result in (y, *attended):
             found.update(result.float().numpy().tobytes())
     return found.hexdigest()
 

@@ -6,13 +6,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-import numba
 import pytest
 import torch
 
 from adapters.lora import Chunk, Chunks, RowSlots, _add_compiled, _add_products
-from tests import kernel_bits
 from tests.adapters.lora_mixes import MIXES, one_by_one, random_table, rows_of
 
 CPU = torch.device("cpu")
@@ -75,9 +74,17 @@ def test_what_lies_behind_an_adapter_s_own_rank_costs_nothing() -> None:
 
 
 @pytest.mark.slow
-def test_two_threads_give_the_bits_of_one() -> None:
-    child = [sys.executable, "-m", "tests.kernel_bits"]
-    environ = {**os.environ, "NUMBA_NUM_THREADS": "2"}
-    done = subprocess.run(child, env=environ, capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.split() == ["2", kernel_bits.digest()]
-    assert numba.get_num_threads() == 1
+def test_new_and_kept_kernels_and_two_threads_give_the_same_bits(tmp_path: Path) -> None:
+    """A service that has just compiled its kernels answers as it does after the next start."""
+
+    def bits(threads: int) -> str:
+        environ = {**os.environ, "NUMBA_NUM_THREADS": str(threads), "NUMBA_CACHE_DIR": str(tmp_path)}
+        child = [sys.executable, "-m", "tests.kernel_bits"]
+        done = subprocess.run(child, env=environ, capture_output=True, text=True, timeout=300, check=True)
+        number, digest = done.stdout.split()
+        assert number == str(threads)
+        return digest
+
+    new = bits(1)
+    assert bits(1) == new
+    assert bits(2) == new
