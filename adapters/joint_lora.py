@@ -71,14 +71,14 @@ class _Plan:
     def padded(self, rows: torch.Tensor) -> torch.Tensor:
         """rows: [tokens, n] -> [routes, longest, n], padding repeats a row."""
         rows = rows if self.layout.even else rows.index_select(0, self.layout.pad_index)
-        return rows.reshape(self.num_routes, self.layout.max_length, -1)
+        return rows.reshape(self.num_routes, self.layout.width, -1)
 
     def padded_gradient(self, grad: torch.Tensor) -> torch.Tensor:
         """The same with zeros as padding: nothing is learned from it."""
         if not self.layout.even:
-            zeros = grad.new_zeros(self.num_routes * self.layout.max_length, grad.shape[-1])
+            zeros = grad.new_zeros(self.num_routes * self.layout.width, grad.shape[-1])
             grad = zeros.index_copy_(0, self.layout.unpad_index, grad)
-        return grad.reshape(self.num_routes, self.layout.max_length, -1)
+        return grad.reshape(self.num_routes, self.layout.width, -1)
 
     def flat(self, x: torch.Tensor) -> torch.Tensor:
         """[routes, longest, n] -> [tokens, n]."""

@@ -43,13 +43,13 @@ class AskedRows:
         return cls(tokens, positions, labels[positions], lengths)
 
 
-def _filler(num_tokens: int) -> int:
-    """Tokens of a row that nobody asks about, for a round number of rows in every product.
+def _filler(num_rows: int) -> int:
+    """How many rows that nobody asks about make a round number of rows in every product.
 
     oneDNN compiles and keeps each shape that it meets: with any number of tokens that came to 500 MB in a run.
     """
-    step = FINE_STEP if num_tokens < COARSE_FROM else COARSE_STEP
-    return -num_tokens % step
+    step = FINE_STEP if num_rows < COARSE_FROM else COARSE_STEP
+    return -num_rows % step
 
 
 class PackedModel:
@@ -68,13 +68,14 @@ class PackedModel:
         for pack in packs:
             starts.append(starts[-1] + len(pack.tokens))
         positions = torch.cat([pack.positions + start for pack, start in zip(packs, starts, strict=False)])
-        options = {"logits_to_keep": positions} if self.takes_positions else {}
+        filled = torch.cat([positions, positions.new_zeros(_filler(len(positions)))])
+        options = {"logits_to_keep": filled} if self.takes_positions else {}
         layers = recomputed_layers(self.model) if recompute else nullcontext()
         layout = self._layout(packs)
         with layers, routing(route), packed_as(layout):
             output = self.model(input_ids=tokens[None], position_ids=layout.position_ids, use_cache=False, **options)
-        logits: torch.Tensor = output.logits[0] if self.takes_positions else output.logits[0, positions]
-        return logits
+        logits: torch.Tensor = output.logits[0]
+        return logits[: len(positions)] if self.takes_positions else logits[positions]
 
     def head_rows(self, packs: Sequence[AskedRows]) -> list[int]:
         """How many rows of each pack the output head sees."""

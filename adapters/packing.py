@@ -1,7 +1,7 @@
 """Sequences side by side in one flat row `[1, tokens]`, each seeing only itself. Knows no model and no loss.
 
 Linear layers see no padding at all. Attention, which asks `current_pack()`, works per sequence: `PackedBatch.pad`
-lays the rows out as `[sequences, longest]` for a plain causal kernel, `unpad` takes them back. Padding stands
+lays the rows out as `[sequences, width]` for a plain causal kernel, `unpad` takes them back. Padding stands
 behind a sequence, so under a causal mask no real row ever attends to it and its gradient is exactly zero.
 """
 
@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 
+LENGTH_STEP = 16
+"""Attention is laid out in multiples of it: its kernels are compiled and kept for each length that they meet."""
+
 
 class PackedBatch:
     """How a flat row is divided: `lengths` tokens belong to the first, second, … sequence."""
@@ -23,29 +26,29 @@ class PackedBatch:
             raise ValueError("a pack needs sequences of at least one token")
         self.lengths = list(lengths)
         self.num_tokens = sum(lengths)
-        self.max_length = max(lengths)
-        self.even = min(lengths) == self.max_length
+        self.width = max(lengths) + -max(lengths) % LENGTH_STEP
+        self.even = min(lengths) == self.width
         sizes = torch.tensor(self.lengths)
         starts = torch.cumsum(sizes, 0) - sizes
-        columns = torch.arange(self.max_length)
+        columns = torch.arange(self.width)
         real = columns < sizes[:, None]
         padded = torch.where(real, starts[:, None] + columns, starts[:, None])
         #: [1, tokens], restarting at every sequence
         self.position_ids = columns.expand(len(lengths), -1)[real][None].to(device)
-        #: [sequences * longest] -> row of the flat layout; padding repeats its sequence's first row
+        #: [sequences * width] -> row of the flat layout; padding repeats its sequence's first row
         self.pad_index = padded.reshape(-1).to(device)
         #: [tokens] -> row of the padded layout
         self.unpad_index = real.reshape(-1).nonzero().squeeze(1).to(device)
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [1, heads, tokens, dim] -> [sequences, heads, longest, dim]."""
+        """x: [1, heads, tokens, dim] -> [sequences, heads, width, dim]."""
         rows = x.transpose(1, 2)[0]
         if not self.even:
             rows = _Pad.apply(rows, self.pad_index, self.unpad_index)  # type: ignore[no-untyped-call]
-        return rows.reshape(len(self.lengths), self.max_length, *rows.shape[1:]).transpose(1, 2)
+        return rows.reshape(len(self.lengths), self.width, *rows.shape[1:]).transpose(1, 2)
 
     def unpad(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [sequences, heads, longest, dim] -> [1, tokens, heads, dim] (the layout an attention returns)."""
+        """x: [sequences, heads, width, dim] -> [1, tokens, heads, dim] (the layout an attention returns)."""
         rows = x.transpose(1, 2).flatten(0, 1)
         if not self.even:
             rows = _Unpad.apply(rows, self.unpad_index)  # type: ignore[no-untyped-call]

@@ -117,16 +117,16 @@ def _packed(
         rows = zip(pack.parts, *(torch.split(x, pack.sizes, dim=2) for x in (query, key, value)), strict=True)
         return torch.cat([_packed(part, q, k, v, scale, window, softcap) for part, q, k, v in rows], dim=1)
     q, k, v = pack.pad(query), pack.pad(key), pack.pad(value)
-    limited = window is not None and window < pack.max_length
+    limited = window is not None and window < pack.width
     mask = None
     if softcap is not None or limited:
-        at = torch.arange(pack.max_length, device=q.device)
+        at = torch.arange(pack.width, device=q.device)
         mask = at <= at[:, None]
         if window is not None:
             mask &= at > at[:, None] - window
     if softcap is not None and mask is not None:
         out = torch.stack([softcapped(*row, mask, scale, softcap) for row in zip(q, k, v, strict=True)])
-    elif q.device.type == "cpu" and q.dtype == torch.bfloat16 and pack.max_length <= SHORT and torch.is_grad_enabled():
+    elif q.device.type == "cpu" and q.dtype == torch.bfloat16 and pack.width <= SHORT and torch.is_grad_enabled():
         out = _short_attention(q, k, v, mask, scale)
     else:
         gqa = q.shape[1] != k.shape[1]
