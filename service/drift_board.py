@@ -1,9 +1,9 @@
-"""What each tenant's adapters last showed, for whoever scrapes: the worst of each. In memory; knows no metric's name."""
+"""What each tenant's adapters last showed, for whoever scrapes: the worst of each. Knows no metric's name."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from service.drift_intake import StreamKey
@@ -38,9 +38,11 @@ class DriftBoard:
         with self._lock:
             self._views.pop(key, None)
 
-    def forget_tenant(self, tenant_id: str) -> None:
+    def keep(self, tenant_id: str, digests: Collection[str]) -> None:
+        """Forget the tenant's other adapters."""
         with self._lock:
-            self._views = {key: view for key, view in self._views.items() if key[0] != tenant_id}
+            kept = {key: view for key, view in self._views.items() if key[0] != tenant_id or key[1] in digests}
+            self._views = kept
 
     def worst(self, label: Callable[[str], str]) -> dict[str, Worst]:
         """By label; `label` says under which one a tenant is shown."""

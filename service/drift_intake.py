@@ -13,8 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import structlog
+
 from service.drift_prompt import probe_tokens
 from service.engine.sequence import FinishReason, OutputChunk
+
+log = structlog.get_logger("service.drift")
 
 MAX_WAITING = 256
 MAX_WAITING_OF_A_STREAM = 32
@@ -69,11 +73,13 @@ class DriftTap:
         turn: Turn,
         prompt: tuple[int, ...],
         deliver: Callable[[Answered], None],
+        on_failed: Callable[[], None],
     ) -> None:
         self._who = (tenant_id, digest, model)
         self._turn = turn
         self._prompt = prompt
         self._deliver = deliver
+        self._on_failed = on_failed
         self._pieces: list[str] = []
         self._room = MAX_ANSWER_CHARACTERS
         self._last: OutputChunk | None = None
@@ -86,24 +92,27 @@ class DriftTap:
             self._last = chunk
 
     def finished(self) -> None:
-        """The answer is whole."""
-        last = self._last
-        if last is None or last.finish_reason is None:
-            return
-        self._deliver(
-            Answered(
-                *self._who,
-                turn=self._turn,
-                prompt=probe_tokens(self._prompt),
-                prompt_digest=_digest(self._prompt),
-                prompt_length=len(self._prompt),
-                text="".join(self._pieces)[:MAX_ANSWER_CHARACTERS],
-                is_whole=self._room >= 0,
-                length=last.num_output_tokens,
-                finish_reason=last.finish_reason,
-                nll=getattr(last, "answer_nll", None),
-                entropy=getattr(last, "answer_entropy", None),
-            )
+        """The answer is whole. Raises nothing: a request does not fail because it is watched."""
+        try:
+            if self._last is not None and self._last.finish_reason is not None:
+                self._deliver(self._seen(self._last, self._last.finish_reason))
+        except Exception:
+            log.exception("drift_tap_failed")
+            self._on_failed()
+
+    def _seen(self, last: OutputChunk, reason: FinishReason) -> Answered:
+        return Answered(
+            *self._who,
+            turn=self._turn,
+            prompt=probe_tokens(self._prompt),
+            prompt_digest=_digest(self._prompt),
+            prompt_length=len(self._prompt),
+            text="".join(self._pieces)[:MAX_ANSWER_CHARACTERS],
+            is_whole=self._room >= 0,
+            length=last.num_output_tokens,
+            finish_reason=reason,
+            nll=getattr(last, "answer_nll", None),
+            entropy=getattr(last, "answer_entropy", None),
         )
 
 

@@ -16,6 +16,9 @@ from service.drift_states import Reading
 Values = Mapping[str, float | None]
 """By signal; None for what was not measured."""
 
+Known = Mapping[str, float]
+"""By signal; what was not measured is left out."""
+
 
 class Reference(Protocol):
     """What prompts looked like at training."""
@@ -27,12 +30,16 @@ class Reference(Protocol):
 
 
 class PromptMonitor(Protocol):
-    def observe(self, embedding: NDArray[np.float32], values: Values, /) -> Sequence[Reading]: ...
+    @property
+    def signals(self) -> tuple[str, ...]: ...
+    def observe(self, embedding: NDArray[np.float32], values: Known, /) -> Sequence[Reading]: ...
     def state_dict(self) -> bytes: ...
     def reset(self, signal: str | None = None) -> None: ...
 
 
 class AnswerMonitor(Protocol):
+    @property
+    def signals(self) -> tuple[str, ...]: ...
     @property
     def needs_calibration(self) -> bool: ...
     def observe(self, values: Values, /) -> Sequence[Reading]: ...

@@ -32,13 +32,6 @@ class DriftRecords:
         self._database = database
         self._basis = basis
 
-    def list(self, tenant_id: str, *, after: str | None, limit: int) -> Page[StreamView]:
-        """Those whose traffic began last come first."""
-        query = sa.select(drift_streams).where(drift_streams.c.tenant_id == tenant_id)
-        with self._database.read() as connection:
-            rows, has_more = page_of(connection, query, drift_streams, after=after, limit=limit, descending=True)
-            return Page(tuple(view.on(self._basis) for view in _views(connection, rows)), has_more)
-
     def get(self, tenant_id: str, digest: str, model: str) -> StreamView:
         """One that was never asked has nothing to show yet."""
         with self._database.read() as connection:
@@ -51,6 +44,13 @@ class DriftRecords:
             rows = connection.execute(sa.select(drift_streams).where(drift_streams.c.seen_at >= at)).all()
             return [view.on(self._basis) for view in _views(connection, rows)]
 
+    def list(self, tenant_id: str, *, after: str | None, limit: int) -> Page[StreamView]:
+        """Those whose traffic began last come first."""
+        query = sa.select(drift_streams).where(drift_streams.c.tenant_id == tenant_id)
+        with self._database.read() as connection:
+            rows, has_more = page_of(connection, query, drift_streams, after=after, limit=limit, descending=True)
+            return Page(tuple(view.on(self._basis) for view in _views(connection, rows)), has_more)
+
 
 def find(connection: Connection, tenant_id: str, digest: str) -> tuple[StreamView, Blobs] | None:
     """As it was written, whatever base is loaded now."""
@@ -58,6 +58,11 @@ def find(connection: Connection, tenant_id: str, digest: str) -> tuple[StreamVie
     if row is None:
         return None
     return _views(connection, [row])[0], Blobs(row.salt, row.sampling, row.input_state, row.output_state)
+
+
+def digests_of(connection: Connection, tenant_id: str) -> set[str]:
+    query = sa.select(drift_streams.c.digest).where(drift_streams.c.tenant_id == tenant_id)
+    return set(connection.execute(query).scalars())
 
 
 def insert(connection: Connection, view: StreamView, blobs: Blobs) -> None:
@@ -123,7 +128,9 @@ def _state_row(seq: int, view: StreamView, name: str) -> dict[str, Any]:
 
 
 def _views(connection: Connection, rows: Sequence[sa.Row[Any]]) -> list[StreamView]:
-    signals: dict[int, dict[str, SignalState]] = {row.seq: {name: SignalState(name) for name in SIGNALS} for row in rows}
+    signals: dict[int, dict[str, SignalState]] = {
+        row.seq: {name: SignalState(name) for name in SIGNALS} for row in rows
+    }
     given: dict[int, dict[str, Acknowledgement]] = {row.seq: {} for row in rows}
     states = sa.select(drift_states).where(drift_states.c.stream.in_(list(signals)))
     for state in connection.execute(states):

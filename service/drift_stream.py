@@ -1,4 +1,4 @@
-"""One tenant's traffic through one adapter: its monitors, its signals, and which prompts count. Knows no engine, no SQL.
+"""One tenant's traffic through one adapter: its monitors, its signals, and which prompts count. No engine, no SQL.
 
 Not safe for several threads: `service.drift_streams` holds a lock around every call.
 """
@@ -18,7 +18,7 @@ from service.drift_monitors import AnswerMonitor, PromptMonitor
 from service.drift_rows import Blobs
 from service.drift_sampling import Sampling, Skipped
 from service.drift_states import INPUT_SIGNALS, OUTPUT_SIGNALS, DriftState, Reading, SignalState
-from service.drift_view import Acknowledgement, ReferenceState, StreamView
+from service.drift_view import Acknowledgement, StreamView
 
 Change = tuple[SignalState, SignalState]
 """A signal before and after it changed its state."""
@@ -40,6 +40,7 @@ class DriftStream:
     answer_run_length: float
     expects_json: bool = False
     kept_prompts: bytes | None = None
+    may_calibrate: bool = True
     is_dirty: bool = False
     unsaved: list[DriftEvent] = field(default_factory=list)
     generation: int = 0
@@ -60,12 +61,11 @@ class DriftStream:
         self.view = replace(self.view, samples=self.view.samples + 1)
         return self._read(self.answers.observe(values), now)
 
-    def prompted(
-        self, embedding: NDArray[np.float32], nll: float | None, length: int, now: float
-    ) -> list[Change]:
+    def prompted(self, embedding: NDArray[np.float32], nll: float | None, length: int, now: float) -> list[Change]:
         if self.prompts is None:
             return []
-        return self._read(self.prompts.observe(embedding, {"prompt_length": float(length), "prompt_nll": nll}), now)
+        known = {"prompt_length": float(length)} | ({} if nll is None else {"prompt_nll": nll})
+        return self._read(self.prompts.observe(embedding, known), now)
 
     def settle(self, was: StreamView, now: float) -> list[Change]:
         """After it was loaded: what another base than the last time has changed, `was` being what was kept."""
@@ -75,7 +75,7 @@ class DriftStream:
         """They begin again, and it is kept who said so."""
         for name in signals:
             monitor = self.prompts if name in INPUT_SIGNALS else self.answers
-            if monitor is not None:
+            if monitor is not None and name in monitor.signals:
                 monitor.reset(name)
             before = self.view.signals[name]
             self._put(before.begin_again(given.at))
@@ -126,7 +126,6 @@ class DriftStream:
             by=None if given is None else given.by,
             note=None if given is None else given.note,
         )
-
 
 
 def _since(was: StreamView, after: SignalState, now: float) -> float:

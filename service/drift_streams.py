@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import sqlalchemy as sa
 import structlog
@@ -24,7 +25,7 @@ from service.drift_board import DriftBoard
 from service.drift_events import DriftEvent, append
 from service.drift_intake import StreamKey
 from service.drift_monitors import AnswerMonitor, Monitors, PromptMonitor, Reference
-from service.drift_rows import Blobs, find, insert, update
+from service.drift_rows import Blobs, digests_of, find, insert, update
 from service.drift_sampling import Sampling, new_salt
 from service.drift_states import DriftState
 from service.drift_stream import DriftStream
@@ -33,6 +34,8 @@ from service.errors import ConflictError, NotFoundError
 from service.tables import adapter_versions
 
 log = structlog.get_logger("service.drift")
+
+Monitor = TypeVar("Monitor")
 
 MAX_IN_MEMORY = 64
 """Streams; the reference of one is about a quarter of a megabyte."""
@@ -58,6 +61,8 @@ class DriftStreams:
         self._board = board
         self._max_in_memory = max_in_memory
         self._loaded: OrderedDict[StreamKey, DriftStream] = OrderedDict()
+        self.told: deque[DriftEvent] = deque()
+        """What was written and the listeners have not heard."""
         self.lock = threading.RLock()
         """Held while a stream is looked at or changed; not while anything is measured or calibrated."""
 
@@ -76,8 +81,8 @@ class DriftStreams:
     def loaded(self, key: StreamKey) -> DriftStream | None:
         return self._loaded.get(key)
 
-    def save(self, streams: Sequence[DriftStream]) -> list[DriftEvent]:
-        """Write them, and what happened to them, which is returned for the listeners. Under the lock.
+    def save(self, streams: Sequence[DriftStream]) -> None:
+        """Write them, and what happened to them. Under the lock.
 
         Raises sqlalchemy.exc.OperationalError: everything is kept for the next time.
         """
@@ -85,7 +90,7 @@ class DriftStreams:
         gone: list[DriftStream] = []
         with self._database.begin() as connection:
             for stream in sorted(streams, key=lambda stream: stream.key):
-                if self._write(connection, stream):
+                if update(connection, stream.view, stream.blobs()):
                     append(connection, stream.unsaved)
                     told += stream.unsaved
                 else:
@@ -94,16 +99,17 @@ class DriftStreams:
             stream.unsaved, stream.is_dirty = [], False
         for stream in gone:
             self.drop(stream.key)
-        return told
+        self.told.extend(told)
 
-    def save_dirty(self) -> list[DriftEvent]:
+    def save_dirty(self) -> None:
         with self.lock:
             dirty = [stream for stream in self._loaded.values() if stream.is_dirty]
-            return self.save(dirty) if dirty else []
+            if dirty:
+                self.save(dirty)
 
     def acknowledge(
         self, key: StreamKey, model: str, signal: str | None, given: Callable[[float], Acknowledgement]
-    ) -> list[DriftEvent]:
+    ) -> None:
         """One signal that is in drift, or all of them. Raises ConflictError when none is, NotFoundError."""
         with self.lock:
             stream = self.get(key, model)
@@ -119,9 +125,8 @@ class DriftStreams:
                     code="nothing_to_acknowledge",
                 )
             stream.acknowledge(chosen, given(time.time()))
-            told = self.save([stream])
+            self.save([stream])
             self._board.put(stream.view)
-            return told
 
     def drop(self, key: StreamKey) -> None:
         """Forget what is in memory: its rows are gone."""
@@ -129,14 +134,18 @@ class DriftStreams:
             self._loaded.pop(key, None)
             self._board.forget(key)
 
-    def drop_tenant(self, tenant_id: str) -> None:
+    def drop_deleted(self, tenant_id: str) -> None:
+        """Forget what is in memory of this tenant and has no row any more."""
         with self.lock:
-            for key in [key for key in self._loaded if key[0] == tenant_id]:
+            with self._database.read() as connection:
+                left = digests_of(connection, tenant_id)
+            for key in [key for key in self._loaded if key[0] == tenant_id and key[1] not in left]:
                 del self._loaded[key]
-            self._board.forget_tenant(tenant_id)
+            self._board.keep(tenant_id, left)
 
-    def restored_answers(self, digest: str, state: bytes | None) -> AnswerMonitor:
-        return self._monitors.of_answers(digest, state)
+    def copy_of_answers(self, stream: DriftStream) -> AnswerMonitor:
+        """The monitor as it stands, to be calibrated without the lock."""
+        return self._monitors.of_answers(stream.view.digest, stream.answers.state_dict())
 
     # -- loading ------------------------------------------------------------------------------------------------
 
@@ -183,9 +192,7 @@ class DriftStreams:
             kept_prompts=blobs.prompts,
         )
 
-    def _restored[Monitor](
-        self, make: Callable[[bytes | None], Monitor], state: bytes | None, view: StreamView
-    ) -> Monitor:
+    def _restored(self, make: Callable[[bytes | None], Monitor], state: bytes | None, view: StreamView) -> Monitor:
         """A state that cannot be read is no reason to stop watching."""
         try:
             return make(state)
@@ -208,9 +215,6 @@ class DriftStreams:
             if oldest.is_dirty:
                 self.save([oldest])
             self._loaded.pop(oldest.key, None)
-
-    def _write(self, connection: Connection, stream: DriftStream) -> bool:
-        return update(connection, stream.view, stream.blobs())
 
 
 def _task_of(connection: Connection, key: StreamKey) -> str | None:
