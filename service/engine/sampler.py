@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from service.engine.sequence import SamplingParams, Sequence
+from service.engine.token_measures import token_measures
 
 _COLDEST = 1e-4
 """Below this temperature a float32 softmax is the maximum and nothing else."""
@@ -21,17 +22,20 @@ _COLDEST = 1e-4
 
 @dataclass(frozen=True)
 class Sampled:
-    """One row's choice. `top` holds (token id, log-probability) of the likeliest tokens, if asked for."""
+    """One row's choice. `top` holds (token id, log-probability) of the likeliest tokens, if asked for; so `nll` and
+    `entropy` (`token_measures`)."""
 
     token_id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    nll: float | None = None
+    entropy: float | None = None
 
 
 class Sampler:
     """Penalties, bias and grammar, then temperature, top-k, top-p and min-p.
 
-    Log-probabilities are those of the model, before all that.
+    Log-probabilities and measures are those of the model, before all that.
     """
 
     def sample(self, logits: torch.Tensor, sequences: Rows[Sequence], seeds: Rows[int]) -> list[Sampled]:
@@ -46,7 +50,7 @@ class Sampler:
         if warm:
             numbers = [_uniform(seeds[row], len(sequences[row].output_token_ids)) for row in warm]
             chosen[warm] = _draw(logits[warm], [params[row] for row in warm], numbers)
-        return _with_logprobs(raw, chosen, params)
+        return _with_measures(raw, chosen, sequences, _with_logprobs(raw, chosen, params))
 
 
 def _with_logprobs(logits: torch.Tensor, chosen: torch.Tensor, params: list[SamplingParams]) -> list[Sampled]:
@@ -60,6 +64,19 @@ def _with_logprobs(logits: torch.Tensor, chosen: torch.Tensor, params: list[Samp
         own = logprobs.gather(1, chosen[rows, None]).squeeze(1)
         for row, logprob, *top in zip(rows, own.tolist(), ids.tolist(), values.tolist(), strict=True):
             sampled[row] = Sampled(tokens[row], logprob, tuple(zip(*top, strict=True)))
+    return sampled
+
+
+def _with_measures(
+    logits: torch.Tensor, chosen: torch.Tensor, sequences: Rows[Sequence], sampled: list[Sampled]
+) -> list[Sampled]:
+    rows = [row for row, sequence in enumerate(sequences) if sequence.request.measure]
+    if not rows:
+        return sampled
+    if len(rows) < len(sequences):
+        logits, chosen = logits[rows], chosen[rows]
+    for row, (nll, entropy) in zip(rows, token_measures(logits, chosen), strict=True):
+        sampled[row] = replace(sampled[row], nll=nll, entropy=entropy)
     return sampled
 
 
