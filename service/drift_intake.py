@@ -111,8 +111,8 @@ class DriftTap:
             is_whole=self._room >= 0,
             length=last.num_output_tokens,
             finish_reason=reason,
-            nll=getattr(last, "answer_nll", None),
-            entropy=getattr(last, "answer_entropy", None),
+            nll=last.answer_nll,
+            entropy=last.answer_entropy,
         )
 
 
