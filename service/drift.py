@@ -78,12 +78,18 @@ class DriftWatch:
         self._probes: FairQueue[tuple[StreamKey, Answered]] = FairQueue(
             max_waiting=MAX_PROBES_WAITING, max_of_a_stream=MAX_PROBES_OF_A_STREAM
         )
+        self._num_looked_at = self._num_probed = 0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="drift", daemon=True)
 
     @property
     def is_stopping(self) -> bool:
         return self._stopping.is_set()
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether everything that came in has been looked at, and everything to be measured has been."""
+        return self._num_looked_at == self._answers.num_put and self._num_probed == self._probes.num_put
 
     def add_listener(self, listener: Listener) -> None:
         """Called with each change of state and each acknowledgement. What it raises is logged."""
@@ -152,9 +158,15 @@ class DriftWatch:
         patience = POLL_SECONDS if len(self._probes) else self._flush_seconds
         answered = self._answers.take(0.0 if self._may_probe() else patience)
         if answered is not None:
-            self._look_at(answered)
+            try:
+                self._look_at(answered)
+            finally:
+                self._num_looked_at += 1
         elif self._may_probe() and (waiting := self._probes.take()) is not None:
-            self._probe(*waiting)
+            try:
+                self._probe(*waiting)
+            finally:
+                self._num_probed += 1
 
     def _may_probe(self) -> bool:
         return len(self._probes) > 0 and self._prober is not None and self._prober.may_start

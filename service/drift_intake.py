@@ -123,6 +123,8 @@ class FairQueue(Generic[Item]):
         self._max_waiting, self._max_of_a_stream = max_waiting, max_of_a_stream
         self._of: OrderedDict[StreamKey, deque[Item]] = OrderedDict()
         self._num = 0
+        self.num_put = 0
+        """Ever."""
         self._changed = threading.Condition()
 
     def __len__(self) -> int:
@@ -136,6 +138,7 @@ class FairQueue(Generic[Item]):
                 return False
             self._of.setdefault(key, deque()).append(item)
             self._num += 1
+            self.num_put += 1
             self._changed.notify()
             return True
 
