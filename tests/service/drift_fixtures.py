@@ -8,17 +8,18 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from adapters.drift.reading import Reading
 from adapters.errors import AdapterNotFoundError, DriftReferenceError
-from service.database import Database
 from service.drift import DriftWatch
 from service.drift_board import DriftBoard
+from service.drift_calibration import Calibrated
 from service.drift_events import DriftEvents
-from service.drift_intake import Answered, Turn
+from service.drift_intake import Answered, StreamKey, Turn
 from service.drift_monitors import Monitors
 from service.drift_probe import Prober
 from service.drift_rows import DriftRecords
@@ -75,11 +76,6 @@ class FakeAnswerMonitor:
     def needs_calibration(self) -> bool:
         return self.owner.calibrates and len(self.refusals) >= WINDOW and not self.calibrated
 
-    def calibrate(self, check: Callable[[], None]) -> None:
-        self.owner.calibrations += 1
-        self.owner.on_calibrate(check)
-        self.calibrated = True
-
     def observe(self, values: Mapping[str, float | None]) -> Sequence[Reading]:
         if self.owner.failing:
             raise RuntimeError("a monitor that breaks")
@@ -108,9 +104,7 @@ class FakeMonitors:
     references: dict[str, FakeReference] = field(default_factory=lambda: {DIGEST: FakeReference()})
     run_length: float = 2000.0
     calibrates: bool = False
-    calibrations: int = 0
     failing: bool = False
-    on_calibrate: Callable[[Callable[[], None]], None] = lambda check: check()
     seen: list[dict[str, float | None]] = field(default_factory=list)
 
     def reference(self, directory: Path) -> FakeReference | None:
@@ -119,7 +113,7 @@ class FakeMonitors:
     def of_prompts(self, reference: object, state: bytes | None) -> FakePromptMonitor:
         return FakePromptMonitor(state)
 
-    def of_answers(self, digest: str, state: bytes | None) -> FakeAnswerMonitor:
+    def of_answers(self, key: StreamKey, state: bytes | None) -> FakeAnswerMonitor:
         return FakeAnswerMonitor(state, self)
 
 
@@ -171,6 +165,33 @@ class ProbedEngine:
         )
 
 
+class FakeCalibrator:
+    """Done when a test says so."""
+
+    def __init__(self) -> None:
+        self.started: list[StreamKey] = []
+        self.done: Calibrated | None = None
+        self.is_busy = False
+        self.stopped = False
+
+    def start(self, key: StreamKey, seed: int, state: bytes) -> None:
+        assert not self.is_busy
+        self.started.append(key)
+        self.is_busy, self._state = True, state
+
+    def finish(self, *, fails: bool = False) -> None:
+        refusals, _ = json.loads(self._state)
+        self.done = Calibrated(self.started[-1], None if fails else json.dumps([refusals, True]).encode())
+
+    def take(self) -> Calibrated | None:
+        done, self.done = self.done, None
+        self.is_busy = self.is_busy and done is None
+        return done
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
 class CountingObserver:
     """A DriftObserver that remembers."""
 
@@ -206,6 +227,7 @@ class Watched:
     engine: ProbedEngine
     observer: CountingObserver
     monitors: FakeMonitors
+    calibrator: FakeCalibrator
 
     def answer(
         self,
@@ -253,14 +275,14 @@ def watched(
 ) -> Watched:
     monitors, engine = monitors or FakeMonitors(), engine or ProbedEngine()
     board, observer = DriftBoard(time.time), CountingObserver()
-    chosen: Monitors = monitors
+    chosen, calibrator = cast(Monitors, monitors), FakeCalibrator()
     streams = DriftStreams(control.database, directory, basis, chosen, board, max_in_memory=max_in_memory)
     prober = Prober(engine, chunk_tokens=128, is_stopping=lambda: watch.is_stopping, clock=time.monotonic)
     records, events = DriftRecords(control.database, basis), DriftEvents(control.database)
-    watch = DriftWatch(streams, prober, board, records, events, observer, flush_seconds=0.05)
+    watch = DriftWatch(streams, prober, board, records, events, calibrator, observer, flush_seconds=0.05)
     if start:
         watch.start()
-    return Watched(watch, streams, engine, observer, monitors)
+    return Watched(watch, streams, engine, observer, monitors, calibrator)
 
 
 def nowhere(digest: str) -> Path:

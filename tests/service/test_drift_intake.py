@@ -80,7 +80,9 @@ def test_json_is_judged_strictly_where_it_is_meant(text: str, valid: float) -> N
     assert answer_values(asked, expects_json=False)["valid_json"] == valid
 
 
-@pytest.mark.parametrize("text", ["I'm sorry, but I cannot help with that.", "Ich kann dir dabei nicht helfen.", "Red."])
+@pytest.mark.parametrize(
+    "text", ["I'm sorry, but I cannot help with that.", "Ich kann dir dabei nicht helfen.", "Red."]
+)
 def test_refusals_count_and_a_cut_answer_does(text: str) -> None:
     (found,) = heard(chunk(text, FinishReason.LENGTH))
     values = answer_values(found, expects_json=False)

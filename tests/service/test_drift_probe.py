@@ -36,7 +36,9 @@ def test_a_probe_asks_the_base_behind_everybody_for_an_account_of_its_own() -> N
     assert request.pooling and request.measure and request.timeout_seconds is not None
 
 
-@pytest.mark.parametrize("engine", [ProbedEngine(refusal=QueueFullError("full", retry_after=1.0)), ProbedEngine(fails=True)])
+@pytest.mark.parametrize(
+    "engine", [ProbedEngine(refusal=QueueFullError("full", retry_after=1.0)), ProbedEngine(fails=True)]
+)
 def test_a_probe_that_the_engine_does_not_answer_is_none(engine: ProbedEngine) -> None:
     assert prober(engine).measure("acme", PROMPT) is None
 
