@@ -34,7 +34,7 @@ class Prompts:
 
 
 class PromptEmbedder:
-    """Embeds texts with the base at `base`; what was embedded before is read from `cache` (a folder) where there is one."""
+    """Embeds texts with the base at `base`. `cache`: a folder in which what was embedded is found again."""
 
     def __init__(self, base: Path, cache: Path | None) -> None:
         import torch

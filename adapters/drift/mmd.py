@@ -7,7 +7,7 @@ sliding window (Cobb, Van Looveren, Klaise 2021, arXiv 2108.00883) a new observa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,15 +18,15 @@ Points = NDArray[np.float32]
 def kernel(x: Points, y: Points, bandwidth: float) -> Points:
     """x: [m, k], y: [n, k] -> [m, n]: exp(-|x - y|² / (2 bandwidth²))."""
     squared = (x * x).sum(axis=1)[:, None] + (y * y).sum(axis=1) - 2 * (x @ y.T)
-    return np.exp(np.maximum(squared, 0) * np.float32(-0.5 / bandwidth**2))
+    found: Points = np.exp(np.maximum(squared, 0) * np.float32(-0.5 / bandwidth**2))
+    return found
 
 
 def median_bandwidth(points: Points) -> float:
     """The median distance between two points."""
     squared = (points * points).sum(axis=1)
     distances = squared[:, None] + squared - 2 * (points @ points.T)
-    middle = float(np.median(distances[np.triu_indices(len(points), 1)]))
-    return float(np.sqrt(max(middle, 1e-12)))
+    return float(np.sqrt(max(np.median(distances[np.triu_indices(len(points), 1)]), 0)))
 
 
 def mmd2(reference: Points, window: Points, bandwidth: float) -> float:
@@ -94,3 +94,45 @@ class SlidingMmd:
 
     def _kernel_row(self, point: Points, square: np.float32, others: Points, squares: Points) -> Points:
         return np.exp(np.maximum(squares + square - 2 * (others @ point), 0) * self._scale)
+
+
+def mmd2_paths(
+    within_reference: NDArray[np.float64],
+    cross: NDArray[np.float64],
+    similar: Callable[[int], NDArray[np.float32]],
+    windows: Sequence[int],
+) -> dict[int, NDArray[np.float32]]:
+    """The statistic of many streams at each step, by window: [streams, steps], minus infinity until it is full.
+
+    within_reference: [streams], the mean over pairs of a stream's reference. cross: [streams, steps], the mean kernel
+    of a point with it. similar(lag): [streams, steps - lag], the kernel of each point with the one `lag` steps before.
+    """
+    with_earlier, with_later = np.zeros_like(cross), np.zeros_like(cross)
+    found = {}
+    for lag in range(1, max(windows)):
+        kernels = similar(lag)
+        with_earlier[:, lag:] += kernels
+        with_later[:, :-lag] += kernels
+        if (window := lag + 1) in windows:
+            path = np.full(cross.shape, -np.inf, dtype=np.float32)
+            within = _sums_within(with_earlier, with_later, window) / (window * lag / 2)
+            path[:, lag:] = within - 2 * _means(cross, window) + within_reference[:, None]
+            found[window] = path
+    return found
+
+
+def _sums_within(
+    with_earlier: NDArray[np.float64], with_later: NDArray[np.float64], window: int
+) -> NDArray[np.float64]:
+    """Sum over the pairs of each full window. A point that enters brings its pairs with the window - 1 before it, one
+    that leaves takes those with the window - 1 after it. Both: [streams, steps] -> [streams, steps - window + 1]."""
+    found: NDArray[np.float64] = np.cumsum(with_earlier, axis=1)[:, window - 1 :]
+    found[:, 1:] -= np.cumsum(with_later, axis=1)[:, :-window]
+    return found
+
+
+def _means(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
+    sums = np.cumsum(values, axis=1)
+    found = sums[:, window - 1 :].copy()
+    found[:, 1:] -= sums[:, :-window]
+    return found / window

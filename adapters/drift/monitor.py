@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.drift.cusum import Cusum, relative_rank, scores
+from adapters.drift.cusum import CAP, MIN_SAMPLES, Cusum, rank_score
 from adapters.drift.mmd import SlidingMmd
 from adapters.drift.output_monitor import OutputMonitor
 from adapters.drift.reading import Reading
@@ -22,10 +22,6 @@ from adapters.errors import DriftReferenceError
 __all__ = ["EMBEDDING", "InputMonitor", "OutputMonitor", "Reading"]
 
 EMBEDDING = "prompt_embedding"
-MIN_SAMPLES = 32
-"""Before so many a signal is unknown; the smallest window is as large."""
-CAP = 2.0
-"""A CUSUM stops at so many thresholds."""
 
 
 class InputMonitor:
@@ -93,12 +89,12 @@ class InputMonitor:
         return SlidingMmd(self._reference.points, self._reference.bandwidth, sorted(self._reference.thresholds))
 
     def _new_sum(self, name: str) -> Cusum:
-        scalar = self._reference.scalars[name]
-        return Cusum(scalar.allowance, cap=CAP * scalar.threshold)
+        return Cusum(cap=CAP * self._reference.scalars[name].threshold)
 
     def _add(self, name: str, value: float) -> None:
-        rank = relative_rank(self._reference.scalars[name].values, value, self._lots.random())
-        self._sums[name].add(float(scores(np.float64(rank))))
+        scalar = self._reference.scalars[name]
+        score = rank_score(scalar.values, value, self._lots.random())
+        self._sums[name].add(score - scalar.allowance, -score - scalar.allowance)
         self._samples[name] += 1
 
     def _window_reading(self, statistics: Mapping[int, float]) -> Reading:

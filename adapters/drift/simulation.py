@@ -1,10 +1,10 @@
-"""Streams without drift, drawn from a pool of prompts, and the path of every statistic along them. Knows no threshold.
+"""Streams without drift, drawn from a pool of observations, and every statistic's path along them. Knows no threshold.
 
 A stream and the reference that it is held against are both drawn from the pool with replacement, as many points for
 the reference as there are: so a reference's own luck, which lasts as long as it, is in the paths. A drawn pair of the
 same point would pull them nearer to each other than new prompts are; its kernel value is therefore replaced by the
 one that makes it neither near nor far (0 in the centred kernel, which leaves an unbiased MMD² as it is). Numbers are
-drawn by rank, each somewhere in the gap that belongs to its rank.
+drawn by rank, each somewhere in the gap that belongs to its rank, which makes the simulation of their ranks exact.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.drift.cusum import cusum_paths, scores
+from adapters.drift.cusum import PRIOR, EventSteps, cusum_paths, rank_scores
+from adapters.drift.mmd import mmd2_paths
 
-Numbers = NDArray[np.float64]
 Paths = NDArray[np.float32]
+"""[streams, steps], minus infinity where a statistic is not known yet."""
 Indices = NDArray[np.intp]
+STREAMS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -29,88 +31,89 @@ class Draws:
     reference: Indices
     stream: Indices
 
+    @classmethod
+    def of(cls, rng: np.random.Generator, num_pool: int, num_streams: int, num_steps: int) -> Draws:
+        reference = rng.integers(num_pool, size=(num_streams, num_pool))
+        return cls(reference, rng.integers(num_pool, size=(num_streams, num_steps)))
 
-def draw(rng: np.random.Generator, num_pool: int, num_streams: int, num_steps: int) -> Draws:
-    return Draws(
-        rng.integers(num_pool, size=(num_streams, num_pool)), rng.integers(num_pool, size=(num_streams, num_steps))
-    )
+
+def window_paths(
+    kernel: NDArray[np.float32], draws: Draws, windows: Sequence[int], check: Callable[[], None]
+) -> dict[int, Paths]:
+    """MMD² by window. kernel: [n, n], of the pool with itself."""
+    imputed = without_self_similarity(kernel)
+    parts = [
+        _window_paths(imputed, Draws(draws.reference[some], draws.stream[some]), windows, check)
+        for some in np.split(np.arange(len(draws.stream)), range(STREAMS_AT_ONCE, len(draws.stream), STREAMS_AT_ONCE))
+    ]
+    return {window: np.concatenate([part[window] for part in parts]) for window in windows}
 
 
-def without_self_similarity(kernel: Paths) -> Paths:
+def without_self_similarity(kernel: NDArray[np.float32]) -> NDArray[np.float32]:
     """[n, n] -> the same with a diagonal that is 0 once the kernel is centred."""
-    num = len(kernel)
-    means = (kernel.sum(axis=1, dtype=np.float64) - np.diag(kernel)) / (num - 1)
-    found = kernel.copy()
+    means = (kernel.sum(axis=1, dtype=np.float64) - np.diag(kernel)) / (len(kernel) - 1)
+    found = np.ascontiguousarray(kernel).copy()
     np.fill_diagonal(found, 2 * means - means.mean())
     return found
 
 
-def window_paths(
-    kernel: Paths, draws: Draws, windows: Sequence[int], check: Callable[[], None]
+def _window_paths(
+    kernel: NDArray[np.float32], draws: Draws, windows: Sequence[int], check: Callable[[], None]
 ) -> dict[int, Paths]:
-    """MMD² by window: [streams, steps], minus infinity until the window is full. kernel: `without_self_similarity`."""
-    num_streams, num_steps = draws.stream.shape
     num_pool, num_reference = len(kernel), draws.reference.shape[1]
-    counts = np.zeros((num_streams, num_pool), dtype=np.float32)
-    np.add.at(counts, (np.arange(num_streams)[:, None], draws.reference), 1)
+    counts = np.zeros((len(draws.reference), num_pool), dtype=np.float32)
+    np.add.at(counts, (np.arange(len(counts))[:, None], draws.reference), 1)
     to_reference = counts @ kernel / num_reference
     own = counts @ np.diag(kernel) / num_reference
     within = ((to_reference * counts).sum(axis=1, dtype=np.float64) - own) / (num_reference - 1)
     cross = np.take_along_axis(to_reference, draws.stream, axis=1).astype(np.float64)
-    flat = np.ascontiguousarray(kernel).ravel()
-    rows = draws.stream * num_pool
-    with_earlier, with_later = np.zeros_like(cross), np.zeros_like(cross)
-    found = {}
-    for lag in range(1, max(windows)):
+    flat, rows = kernel.ravel(), draws.stream * num_pool
+
+    def similar(lag: int) -> NDArray[np.float32]:
         check()
-        similar = flat[rows[:, lag:] + draws.stream[:, :-lag]]
-        with_earlier[:, lag:] += similar
-        with_later[:, :-lag] += similar
-        if lag + 1 in windows:
-            inner = _sums_within(with_earlier, with_later, lag + 1)
-            inner /= lag * (lag + 1) / 2
-            inner -= 2 * _means(cross, lag + 1)
-            inner += within[:, None]
-            path = np.full(cross.shape, -np.inf, dtype=np.float32)
-            path[:, lag:] = inner
-            found[lag + 1] = path
-    return found
+        found: NDArray[np.float32] = flat[rows[:, lag:] + draws.stream[:, :-lag]]
+        return found
+
+    return mmd2_paths(within, cross, similar, windows)
 
 
-def _sums_within(with_earlier: Numbers, with_later: Numbers, window: int) -> Numbers:
-    """Sum over the pairs of each full window. One that enters brings its pairs with the window's others, one that
-    leaves takes them along. Both: [streams, steps], with the window - 1 neighbours before and after."""
-    # The first window is the sum of what its points bring; a point early in the stream has fewer earlier neighbours.
-    entered = np.cumsum(with_earlier, axis=1)[:, window - 1 :]
-    left = np.cumsum(with_later, axis=1)[:, : with_later.shape[1] - window]
-    entered[:, 1:] -= left
-    return entered
-
-
-def _means(values: Numbers, window: int) -> Numbers:
-    sums = np.cumsum(values, axis=1)
-    found = sums[:, window - 1 :].copy()
-    found[:, 1:] -= sums[:, :-window]
-    return found / window
-
-
-def scalar_paths(
-    rng: np.random.Generator, places: Mapping[str, Indices], draws: Draws, allowance: float
+def number_paths(
+    rng: np.random.Generator, numbers: Mapping[str, NDArray[np.float64]], draws: Draws, allowance: float
 ) -> dict[str, Paths]:
-    """CUSUM by name: [streams, steps]. places: each point's rank in the pool, 0 to n - 1."""
+    """CUSUM of ranks, by name. numbers: [n] each, those of the pool."""
     num_pool = draws.reference.shape[1]
     found = {}
-    for name, place in places.items():
+    for name, values in numbers.items():
+        place = _places(rng, values)
         reference = np.sort((place[draws.reference] + rng.random(draws.reference.shape)) / num_pool, axis=1)
-        u = (place[draws.stream] + rng.random(draws.stream.shape)) / num_pool
-        below = _num_below(reference, u)
-        relative = (below + rng.random(u.shape)) / (num_pool + 1)
-        found[name] = cusum_paths(scores(relative), allowance).astype(np.float32)
+        stream = (place[draws.stream] + rng.random(draws.stream.shape)) / num_pool
+        relative = (_num_below(reference, stream) + rng.random(stream.shape)) / (num_pool + 1)
+        scores = rank_scores(relative)
+        found[name] = cusum_paths(scores - allowance, -scores - allowance)
     return found
 
 
-def _num_below(sorted_rows: Numbers, values: Numbers) -> Numbers:
-    """Row by row: how many of the row's are below each value; both in (0, 1)."""
-    shift = 2.0 * np.arange(len(values))[:, None]
-    found = np.searchsorted((sorted_rows + shift).ravel(), (values + shift).ravel()).reshape(values.shape)
-    return found - sorted_rows.shape[1] * np.arange(len(values))[:, None]
+def event_paths(rng: np.random.Generator, num_happened: int, num: int, num_streams: int, num_steps: int) -> Paths:
+    """CUSUM of likelihood ratios. The true frequency is not the reference's: each stream has one of those that so many
+    of `num` leave possible (the posterior)."""
+    steps = EventSteps.of(num_happened, num)
+    p = rng.beta(num_happened + PRIOR, num - num_happened + PRIOR, size=num_streams)
+    happened = (rng.random((num_streams, num_steps)) < p[:, None]).astype(np.intp)
+    return cusum_paths(np.array(steps.more)[happened], np.array(steps.less)[happened])
+
+
+def _places(rng: np.random.Generator, values: NDArray[np.float64]) -> Indices:
+    """Each value's rank, 0 to n - 1, equal ones in random order."""
+    order = np.lexsort((rng.random(len(values)), values))
+    found = np.empty(len(values), dtype=np.intp)
+    found[order] = np.arange(len(values))
+    return found
+
+
+def _num_below(rows: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Row by row, how many of the ascending row are below each value; all in [0, 1]."""
+    num_rows, size = rows.shape
+    shift = 2.0 * np.arange(num_rows)[:, None]
+    found = np.searchsorted((rows + shift).ravel(), (values + shift).ravel()).reshape(values.shape)
+    found -= size * np.arange(num_rows)[:, None]
+    return found
