@@ -1,4 +1,4 @@
-"""What of a prompt the watch for drift looks at, and what a reference must share with it. Knows no engine, no statistic.
+"""What of a prompt the watch for drift looks at, and what a reference shares with it. Knows no engine, no statistic.
 
 Whoever makes a reference uses the same two functions: statistics of prompts that were cut or embedded otherwise say
 nothing about these.

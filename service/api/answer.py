@@ -21,6 +21,7 @@ from service.api.generation import Generation, unless_disconnected
 from service.api.schemas import GenerationParams
 from service.api.services import Services
 from service.api.sse import DONE, EventStream, event
+from service.drift_intake import Turn
 from service.engine.errors import EngineError
 from service.engine.grammar import AnyGrammar
 from service.engine.sequence import FinishReason, GenerationRequest, OutputChunk, SamplingParams, TokenLogprob
@@ -110,6 +111,8 @@ class Ask:
     max_tokens: int | None
     logprobs: int | None
     grammar: AnyGrammar | None = None
+    turn: Turn | None = None
+    """What the watch for drift has to know of a conversation's first turn; None for a later one."""
 
     @property
     def model(self) -> ResolvedModel:
@@ -171,9 +174,10 @@ async def answer(request: Request, services: Services, ask: Ask, shape: AnswerSh
     Sets `request.state.outcome` for the metrics where the status alone does not tell.
     """
     origin = Origin(ask.operation, request.state.trace_id)
+    tap = services.drift.tap(ask.tenant.id, ask.model, ask.turn, ask.prompts[0]) if services.drift else None
     requests = ask.requests(services.settings.request_timeout_seconds)
     generation = Generation(services.engine, services.metrics, requests, origin)
-    watch = AnswerWatch(services.rollout, ask.head.id, ask.tenant.id, ask.route, requests)
+    watch = AnswerWatch(services.rollout, ask.head.id, ask.tenant.id, ask.route, requests, tap)
     headers = watch.headers
     if ask.model.digest is not None:
         headers["x-rootstock-adapter"] = ask.model.digest
