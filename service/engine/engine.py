@@ -247,7 +247,7 @@ class Engine(ServingEngine):
             if work.is_prefill:
                 self._machinery.residency.keep(work.sequence)
         for sequence, token in sampled:
-            sequence.take(token.token_id, now, token.nll, token.entropy)
+            sequence.take(token.token_id, now, token.measures)
             if (ending := self._requests.write(sequence, token)) is not None:
                 self._finish(sequence, ending)
         for work in plan.prefills:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,14 +22,13 @@ _COLDEST = 1e-4
 
 @dataclass(frozen=True)
 class Sampled:
-    """One row's choice. `top` holds (token id, log-probability) of the likeliest tokens, if asked for; so `nll` and
-    `entropy` (`token_measures`)."""
+    """One row's choice. `top` holds (token id, log-probability) of the likeliest tokens, `measures` what
+    `token_measures` gives; each if asked for."""
 
     token_id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
-    nll: float | None = None
-    entropy: float | None = None
+    measures: tuple[float, float] | None = None
 
 
 class Sampler:
@@ -50,34 +49,40 @@ class Sampler:
         if warm:
             numbers = [_uniform(seeds[row], len(sequences[row].output_token_ids)) for row in warm]
             chosen[warm] = _draw(logits[warm], [params[row] for row in warm], numbers)
-        return _with_measures(raw, chosen, sequences, _with_logprobs(raw, chosen, params))
+        return _described(raw, chosen, params, _measures(raw, chosen, sequences))
 
 
-def _with_logprobs(logits: torch.Tensor, chosen: torch.Tensor, params: list[SamplingParams]) -> list[Sampled]:
+def _described(
+    logits: torch.Tensor,
+    chosen: torch.Tensor,
+    params: list[SamplingParams],
+    measures: Rows[tuple[float, float] | None],
+) -> list[Sampled]:
     """Nothing here waits for the device once per row: rows that report equally many alternatives go together."""
     tokens: list[int] = chosen.tolist()
-    sampled = [Sampled(token) for token in tokens]
+    sampled = [Sampled(token, measures=measured) for token, measured in zip(tokens, measures, strict=True)]
     for count in {p.logprobs for p in params if p.logprobs is not None}:
         rows = [row for row, p in enumerate(params) if p.logprobs == count]
         logprobs = torch.log_softmax(logits[rows], dim=-1)
         values, ids = logprobs.topk(min(count, logprobs.shape[-1]))
         own = logprobs.gather(1, chosen[rows, None]).squeeze(1)
         for row, logprob, *top in zip(rows, own.tolist(), ids.tolist(), values.tolist(), strict=True):
-            sampled[row] = Sampled(tokens[row], logprob, tuple(zip(*top, strict=True)))
+            sampled[row] = Sampled(tokens[row], logprob, tuple(zip(*top, strict=True)), measures[row])
     return sampled
 
 
-def _with_measures(
-    logits: torch.Tensor, chosen: torch.Tensor, sequences: Rows[Sequence], sampled: list[Sampled]
-) -> list[Sampled]:
+def _measures(
+    logits: torch.Tensor, chosen: torch.Tensor, sequences: Rows[Sequence]
+) -> Rows[tuple[float, float] | None]:
+    """Of the rows that ask for them."""
     rows = [row for row, sequence in enumerate(sequences) if sequence.request.measure]
-    if not rows:
-        return sampled
-    if len(rows) < len(sequences):
-        logits, chosen = logits[rows], chosen[rows]
-    for row, (nll, entropy) in zip(rows, token_measures(logits, chosen), strict=True):
-        sampled[row] = replace(sampled[row], nll=nll, entropy=entropy)
-    return sampled
+    if len(rows) == len(sequences):
+        return token_measures(logits, chosen)
+    found: list[tuple[float, float] | None] = [None] * len(sequences)
+    if rows:
+        for row, measures in zip(rows, token_measures(logits[rows], chosen[rows]), strict=True):
+            found[row] = measures
+    return found
 
 
 def _uniform(seed: int, position: int) -> float:

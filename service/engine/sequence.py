@@ -239,12 +239,13 @@ class Sequence:
         prompt = self.request.prompt_token_ids
         return prompt[position] if position < len(prompt) else self.output_token_ids[position - len(prompt)]
 
-    def take(self, token_id: int, at: float, nll: float | None, entropy: float | None) -> None:
-        """A sampled token, at a time; its measures where they were asked for."""
+    def take(self, token_id: int, at: float, measures: tuple[float, float] | None) -> None:
+        """A sampled token, at a time; with -log p and entropy where they are asked for."""
         self.output_token_ids.append(token_id)
         self.token_times.append(at)
-        self.nll_sum += nll or 0.0
-        self.entropy_sum += entropy or 0.0
+        if measures is not None:
+            self.nll_sum += measures[0]
+            self.entropy_sum += measures[1]
 
     def measured(self, prompt_nll: float | None = None) -> Measured:
         """`prompt_nll` is known to whoever computed the prompt."""

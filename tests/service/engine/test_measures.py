@@ -164,7 +164,7 @@ async def test_a_preempted_probe_starts_its_sum_again(base: BaseModel) -> None:
 async def test_answers_are_measured_by_the_model_that_gave_them_whatever_the_sampling(
     rig: Rig, plain: LlamaForCausalLM, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
-    samplings = [
+    samplings: list[dict[str, Any]] = [
         {},
         {"temperature": 1.4, "top_p": 0.9, "seed": 5},
         {"temperature": 0.7, "presence_penalty": 1.5, "repetition_penalty": 1.3, "seed": 6},
@@ -191,7 +191,8 @@ async def test_nothing_is_measured_that_was_not_asked_for(rig: Rig) -> None:
 
 
 async def test_measuring_changes_no_token(rig: Rig) -> None:
-    for sampling in ({}, {"temperature": 1.0, "seed": 3}):
+    samplings: list[dict[str, Any]] = [{}, {"temperature": 1.0, "seed": 3}]
+    for sampling in samplings:
         assert await rig.tokens(prompt(9), measure=True, **sampling) == await rig.tokens(prompt(9), **sampling)
 
 
