@@ -41,7 +41,7 @@ MAX_PROBES_WAITING, MAX_PROBES_OF_A_STREAM = 256, 16
 
 
 class DriftObserver(Protocol):
-    """Who counts: `service.metrics`."""
+    """Who counts: `service.drift_metrics`."""
 
     def drift_probe_ended(self, outcome: str) -> None: ...
     def drift_probed(self, seconds: float) -> None: ...

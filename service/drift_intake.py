@@ -41,7 +41,8 @@ class Turn:
 
 @dataclass(frozen=True)
 class Answered:
-    """A prompt and its answer. `prompt` is cut for a probe, `prompt_digest` names the whole of it."""
+    """A prompt and its answer. `prompt` is cut for a probe, `prompt_digest` names what is left: what is the same
+    behind the cut would be measured the same. `prompt_length` is the whole one's."""
 
     tenant_id: str
     digest: str
@@ -101,11 +102,12 @@ class DriftTap:
             self._on_failed()
 
     def _seen(self, last: OutputChunk, reason: FinishReason) -> Answered:
+        prompt = probe_tokens(self._prompt)
         return Answered(
             *self._who,
             turn=self._turn,
-            prompt=probe_tokens(self._prompt),
-            prompt_digest=_digest(self._prompt),
+            prompt=prompt,
+            prompt_digest=_digest(prompt),
             prompt_length=len(self._prompt),
             text="".join(self._pieces)[:MAX_ANSWER_CHARACTERS],
             is_whole=self._room >= 0,

@@ -50,16 +50,18 @@ def open_drift(
                 is_stopping=lambda: watch.is_stopping,
                 clock=time.monotonic,
             )
-        watch = DriftWatch(streams, prober, board, records, DriftEvents(database), calibrator, metrics)
+        watch = DriftWatch(streams, prober, board, records, DriftEvents(database), calibrator, metrics.drift)
         if settings.drift_webhook_url is not None and settings.drift_webhook_secret is not None:
             from service.drift_webhook import DriftWebhook  # an HTTP client, where one is wanted
 
             secret = settings.drift_webhook_secret.get_secret_value().encode()
-            webhook = DriftWebhook(settings.drift_webhook_url.get_secret_value(), secret, metrics.drift_webhook_ended)
+            webhook = DriftWebhook(
+                settings.drift_webhook_url.get_secret_value(), secret, metrics.drift.drift_webhook_ended
+            )
             webhook.start()
             stack.callback(webhook.stop)
             watch.add_listener(webhook)
-        metrics.watch_drift(board.worst)
+        metrics.drift.watch(board.worst)
         watch.start()
         stack.callback(watch.stop)
         yield watch

@@ -47,5 +47,4 @@ def _rendering(log_format: Literal["text", "json"]) -> list[Processor]:
     cleanup: Processor = structlog.stdlib.ProcessorFormatter.remove_processors_meta
     if log_format == "json":
         return [cleanup, structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-    plain = structlog.dev.plain_traceback  # the default one shows local variables: prompts
-    return [cleanup, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
+    return [cleanup, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]

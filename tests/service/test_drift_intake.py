@@ -40,12 +40,13 @@ def test_an_answer_that_never_ended_is_not_delivered() -> None:
     assert heard(chunk("It is ")) == []
 
 
-def test_long_prompts_are_cut_to_their_end_but_named_and_counted_whole() -> None:
+def test_long_prompts_are_cut_to_their_end_and_named_by_it_but_counted_whole() -> None:
     long = tuple(range(3 * MAX_PROMPT_TOKENS))
     other = (7, *long[1:])
     (one,), (two,) = heard(chunk("", FinishReason.STOP), prompt=long), heard(chunk("", FinishReason.STOP), prompt=other)
     assert one.prompt == two.prompt == long[-MAX_PROMPT_TOKENS:] and one.prompt_length == len(long)
-    assert one.prompt_digest != two.prompt_digest
+    (third,) = heard(chunk("", FinishReason.STOP), prompt=(*long, 9))
+    assert one.prompt_digest == two.prompt_digest != third.prompt_digest
 
 
 def test_a_very_long_answer_is_not_kept_whole_and_nobody_says_that_it_is_no_json() -> None:
