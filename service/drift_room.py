@@ -54,10 +54,10 @@ def open_drift(
         if settings.drift_webhook_url is not None and settings.drift_webhook_secret is not None:
             from service.drift_webhook import DriftWebhook  # an HTTP client, where one is wanted
 
-            secret = settings.drift_webhook_secret.get_secret_value().encode()
-            webhook = DriftWebhook(
-                settings.drift_webhook_url.get_secret_value(), secret, metrics.drift.drift_webhook_ended
+            url, secret = (
+                setting.get_secret_value() for setting in (settings.drift_webhook_url, settings.drift_webhook_secret)
             )
+            webhook = DriftWebhook(url, secret.encode(), metrics.drift.drift_webhook_ended)
             webhook.start()
             stack.callback(webhook.stop)
             watch.add_listener(webhook)
