@@ -138,7 +138,7 @@ class ProbedEngine:
         self.on_probe(request)
         if self.silent:
             return
-        vector = None if self.fails else np.ones(4, np.float32) / 2
+        vector = None if self.fails else np.full(4, 0.5, np.float32)
         reason = FinishReason.ERROR if self.fails else FinishReason.STOP
         num = len(request.prompt_token_ids)
         on_chunk(OutputChunk("", (), None, reason, num, 0, embedding=vector, prompt_nll=2.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,14 @@ def settle(service: RealService) -> None:
     wait_until(lambda: drift.is_quiet, 60)
 
 
+def result_of(process: CalibrationProcess) -> Calibrated:
+    deadline = time.monotonic() + 60
+    while (done := process.take()) is None:
+        assert time.monotonic() < deadline, "it never ended"
+        time.sleep(0.01)
+    return done
+
+
 def model_of(service: RealService, tenant_id: str) -> str:
     return next(v.id for v in service.control.registry.versions(tenant_id) if ":colours:" in v.id)
 
@@ -128,16 +137,15 @@ def test_a_baseline_of_answers_is_calibrated_in_a_child_to_what_it_would_be_here
         monitor.observe({"refusal": float(rng.random() < 0.05)})
     process = CalibrationProcess(500.0)
     process.start(("acme", "d"), 3, monitor.state_dict())
-    done: list[Calibrated] = []
-    wait_until(lambda: bool(done.append(found) or True if (found := process.take()) is not None else False), 60)
+    done = result_of(process)
     monitor.calibrate(lambda: None)
-    assert done == [Calibrated(("acme", "d"), monitor.state_dict())] and not process.is_busy
+    assert done == Calibrated(("acme", "d"), monitor.state_dict()) and not process.is_busy
 
 
 def test_a_calibration_that_fails_or_is_stopped_has_no_state() -> None:
     process = CalibrationProcess(500.0)
     process.start(("acme", "d"), 3, b"no state at all")
-    wait_until(lambda: not process.is_busy or process.take() == Calibrated(("acme", "d"), None), 60)
+    assert result_of(process) == Calibrated(("acme", "d"), None)
     monitor = OutputMonitor(10_000_000.0, 3)
     for number in range(BASELINE_SIZE):
         monitor.observe({"answer_nll": float(number), "answer_length": float(number)})
@@ -147,6 +155,7 @@ def test_a_calibration_that_fails_or_is_stopped_has_no_state() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(500)
 def test_an_adapter_that_was_trained_here_is_watched_and_drifts_when_its_traffic_does(
     tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
@@ -162,7 +171,7 @@ def test_an_adapter_that_was_trained_here_is_watched_and_drifts_when_its_traffic
         job = client.fine_tuning.jobs.create(
             model=base, training_file=file.id, seed=1, suffix="colours", hyperparameters={"n_epochs": 1}
         )
-        wait_until(lambda: client.fine_tuning.jobs.retrieve(job.id).status in ("succeeded", "failed"), 170)
+        wait_until(lambda: client.fine_tuning.jobs.retrieve(job.id).status in ("succeeded", "failed"), 400)
         model = client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model
         assert model is not None
 
