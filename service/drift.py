@@ -11,19 +11,18 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
-import numpy as np
 import sqlalchemy as sa
 import structlog
-from numpy.typing import NDArray
 
 from service.drift_board import SHOWN_SECONDS, DriftBoard
 from service.drift_calibration import Calibrated
 from service.drift_events import DriftEvents, Listener
 from service.drift_intake import Answered, DriftTap, FairQueue, StreamKey, Turn
 from service.drift_monitors import seed_of
-from service.drift_probe import Prober
+from service.drift_probe import Probed, Prober
 from service.drift_rows import DriftRecords
 from service.drift_states import DriftState, SignalState
 from service.drift_stream import Change, DriftStream
@@ -87,7 +86,7 @@ class DriftWatch:
         self._flushed_at = time.monotonic()
         self._listeners: list[Listener] = []
         self._answers: FairQueue[Answered] = FairQueue()
-        self._probes: FairQueue[tuple[StreamKey, Answered]] = FairQueue(
+        self._probes: FairQueue[Answered] = FairQueue(
             max_waiting=MAX_PROBES_WAITING, max_of_a_stream=MAX_PROBES_OF_A_STREAM
         )
         self._uncalibrated: OrderedDict[StreamKey, None] = OrderedDict()
@@ -177,9 +176,9 @@ class DriftWatch:
                 self._look_at(answered)
             finally:
                 self._num_looked_at += 1
-        elif self._may_probe() and (waiting := self._probes.take()) is not None:
+        elif self._may_probe() and (prompt := self._probes.take()) is not None:
             try:
-                self._probe(*waiting)
+                self._probe(prompt)
             finally:
                 self._num_probed += 1
 
@@ -201,26 +200,27 @@ class DriftWatch:
             self._expect(stream, of_prompts=False)
             self._take(stream, stream.answered(answered, now))
             wants_probe = stream.prompts is not None and self._prober is not None
-        if wants_probe and not self._probes.put(answered.key, (answered.key, answered)):
+        if wants_probe and not self._probes.put(answered.key, replace(answered, text="")):
             self._observer.drift_probe_ended("dropped")
         if stream.needs_calibration:
             self._uncalibrated[answered.key] = None
 
-    def _probe(self, key: StreamKey, answered: Answered) -> None:
+    def _probe(self, answered: Answered) -> None:
         assert self._prober is not None
-        probed = self._prober.measure(key[0], answered.prompt)
+        probed = self._prober.measure(answered.tenant_id, answered.prompt)
         self._observer.drift_probe_ended("failed" if probed is None else "measured")
         if probed is None:
             return
         self._observer.drift_probed(probed.seconds)
-        self._compare(key, answered, probed.embedding, probed.nll)
+        self._compare(answered, probed)
 
-    def _compare(self, key: StreamKey, answered: Answered, embedding: NDArray[np.float32], nll: float | None) -> None:
+    def _compare(self, answered: Answered, probed: Probed) -> None:
         with self._streams.lock:
-            stream = self._streams.get(key, answered.model)
+            stream = self._streams.get(answered.key, answered.model)
             if stream is not None:
                 self._expect(stream, of_prompts=True)
-                self._take(stream, stream.prompted(embedding, nll, answered.prompt_length, time.time()))
+                length = answered.prompt_length
+                self._take(stream, stream.prompted(probed.embedding, probed.nll, length, time.time()))
 
     def _take(self, stream: DriftStream, changes: list[Change]) -> None:
         for _, after in changes:
