@@ -1,13 +1,15 @@
 """The watch for drift: takes answered requests in, measures their prompts, keeps the states, tells who listens.
 
-One thread of its own does everything but `tap` and `answered`, which only look and append. Nothing here makes a request
-wait or fail: what does not fit is dropped and counted, what breaks is logged and counted. Knows no HTTP.
+One thread of its own does everything but `tap` and `answered`, which only look and append; calibrations are a child
+process. Nothing here makes a request wait or fail: what does not fit is dropped and counted, what breaks is logged and
+counted. Knows no HTTP.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Protocol
 
@@ -16,10 +18,11 @@ import sqlalchemy as sa
 import structlog
 from numpy.typing import NDArray
 
-from adapters.thread_priority import lower_priority
 from service.drift_board import SHOWN_SECONDS, DriftBoard
+from service.drift_calibration import Calibrated
 from service.drift_events import DriftEvents, Listener
 from service.drift_intake import Answered, DriftTap, FairQueue, StreamKey, Turn
+from service.drift_monitors import seed_of
 from service.drift_probe import Prober
 from service.drift_rows import DriftRecords
 from service.drift_states import DriftState, SignalState
@@ -34,20 +37,27 @@ FLUSH_SECONDS = 5.0
 POLL_SECONDS = 0.1
 """How often it is asked whether a waiting probe may start."""
 
-BREATH_SECONDS = 1e-4
-"""A calibration lets threads that wait for the interpreter go first."""
-
 MAX_PROBES_WAITING, MAX_PROBES_OF_A_STREAM = 256, 16
 
 
 class DriftObserver(Protocol):
-    """Who counts: `service.metrics`."""
+    """Who counts: `service.drift_metrics`."""
 
     def drift_probe_ended(self, outcome: str) -> None: ...
     def drift_probed(self, seconds: float) -> None: ...
     def drift_alarmed(self, signal: str) -> None: ...
     def drift_alarms_expected(self, number: float) -> None: ...
     def drift_failed(self) -> None: ...
+
+
+class Calibrating(Protocol):
+    """One calibration at a time, elsewhere: `service.drift_calibration`."""
+
+    @property
+    def is_busy(self) -> bool: ...
+    def start(self, key: StreamKey, seed: int, state: bytes) -> None: ...
+    def take(self) -> Calibrated | None: ...
+    def stop(self) -> None: ...
 
 
 class DriftWatch:
@@ -60,6 +70,7 @@ class DriftWatch:
         board: DriftBoard,
         records: DriftRecords,
         events: DriftEvents,
+        calibrator: Calibrating,
         observer: DriftObserver,
         *,
         flush_seconds: float = FLUSH_SECONDS,
@@ -70,6 +81,7 @@ class DriftWatch:
         self.events = events
         self._streams = streams
         self._prober = prober
+        self._calibrator = calibrator
         self._observer = observer
         self._flush_seconds = flush_seconds
         self._flushed_at = time.monotonic()
@@ -78,12 +90,19 @@ class DriftWatch:
         self._probes: FairQueue[tuple[StreamKey, Answered]] = FairQueue(
             max_waiting=MAX_PROBES_WAITING, max_of_a_stream=MAX_PROBES_OF_A_STREAM
         )
+        self._uncalibrated: OrderedDict[StreamKey, None] = OrderedDict()
+        self._num_looked_at = self._num_probed = 0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="drift", daemon=True)
 
     @property
     def is_stopping(self) -> bool:
         return self._stopping.is_set()
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether everything that came in has been looked at, and everything to be measured has been."""
+        return self._num_looked_at == self._answers.num_put and self._num_probed == self._probes.num_put
 
     def add_listener(self, listener: Listener) -> None:
         """Called with each change of state and each acknowledgement. What it raises is logged."""
@@ -98,6 +117,7 @@ class DriftWatch:
         self._answers.wake()
         if self._thread.is_alive():
             self._thread.join()
+        self._calibrator.stop()
         self._guarded(self._flush)
         self._guarded(self._tell)
 
@@ -132,6 +152,7 @@ class DriftWatch:
         self._guarded(self._show_kept)
         while not self._stopping.is_set():
             self._guarded(self._turn)
+            self._guarded(self._calibrate)
             self._guarded(self._tell)
             if time.monotonic() - self._flushed_at >= self._flush_seconds:
                 self._flushed_at = time.monotonic()
@@ -149,12 +170,18 @@ class DriftWatch:
 
     def _turn(self) -> None:
         """One answer, or one probe."""
-        patience = POLL_SECONDS if len(self._probes) else self._flush_seconds
+        patience = POLL_SECONDS if len(self._probes) or self._calibrator.is_busy else self._flush_seconds
         answered = self._answers.take(0.0 if self._may_probe() else patience)
         if answered is not None:
-            self._look_at(answered)
+            try:
+                self._look_at(answered)
+            finally:
+                self._num_looked_at += 1
         elif self._may_probe() and (waiting := self._probes.take()) is not None:
-            self._probe(*waiting)
+            try:
+                self._probe(*waiting)
+            finally:
+                self._num_probed += 1
 
     def _may_probe(self) -> bool:
         return len(self._probes) > 0 and self._prober is not None and self._prober.may_start
@@ -176,8 +203,8 @@ class DriftWatch:
             wants_probe = stream.prompts is not None and self._prober is not None
         if wants_probe and not self._probes.put(answered.key, (answered.key, answered)):
             self._observer.drift_probe_ended("dropped")
-        if stream.may_calibrate and stream.answers.needs_calibration:
-            self._calibrate(stream)
+        if stream.needs_calibration:
+            self._uncalibrated[answered.key] = None
 
     def _probe(self, key: StreamKey, answered: Answered) -> None:
         assert self._prober is not None
@@ -202,41 +229,27 @@ class DriftWatch:
                 _log_alarm(stream, after)
         self.board.put(stream.view)
         if stream.unsaved:
-            self._streams.save([stream])
+            self._guarded(lambda: self._streams.save([stream]))
 
     def _expect(self, stream: DriftStream, *, of_prompts: bool) -> None:
         if expected := stream.expected_alarms(of_prompts=of_prompts):
             self._observer.drift_alarms_expected(expected)
 
-    def _calibrate(self, stream: DriftStream) -> None:
-        """On a copy, in a thread behind everybody's: seconds of work. Void when somebody acknowledged meanwhile."""
-        with self._streams.lock:
-            generation, monitor = stream.generation, self._streams.copy_of_answers(stream)
-        failures: list[BaseException] = []
-
-        def work() -> None:
-            lower_priority()
-            try:
-                monitor.calibrate(self._breathe)
-            except BaseException as error:
-                failures.append(error)
-
-        thread = threading.Thread(target=work, name="drift-calibration", daemon=True)
-        thread.start()
-        thread.join()
-        if self.is_stopping:
-            return
-        with self._streams.lock:
-            stream.may_calibrate = not failures  # what failed once would fail again, at seconds of work each time
-            if stream.generation == generation and not failures:
-                stream.answers, stream.is_dirty = monitor, True
-        for failure in failures:
-            raise failure
-
-    def _breathe(self) -> None:
-        if self.is_stopping:
-            raise InterruptedError("the service is shutting down")
-        time.sleep(BREATH_SECONDS)
+    def _calibrate(self) -> None:
+        """Take what is done; let the next one begin."""
+        if (done := self._calibrator.take()) is not None:
+            with self._streams.lock:
+                self._streams.calibrated(done)
+            if done.state is None:
+                self._observer.drift_failed()
+        while self._uncalibrated and not self._calibrator.is_busy:
+            key, _ = self._uncalibrated.popitem(last=False)
+            with self._streams.lock:
+                stream = self._streams.loaded(key)
+                if stream is None or not stream.needs_calibration:
+                    continue
+                state = stream.answers.state_dict()
+            self._calibrator.start(key, seed_of(key), state)
 
     def _flush(self) -> None:
         self._streams.save_dirty()

@@ -41,7 +41,8 @@ class Turn:
 
 @dataclass(frozen=True)
 class Answered:
-    """A prompt and its answer. `prompt` is cut for a probe, `prompt_digest` names the whole of it."""
+    """A prompt and its answer. `prompt` is cut for a probe, `prompt_digest` names what is left: what is the same
+    behind the cut would be measured the same. `prompt_length` is the whole one's."""
 
     tenant_id: str
     digest: str
@@ -101,18 +102,19 @@ class DriftTap:
             self._on_failed()
 
     def _seen(self, last: OutputChunk, reason: FinishReason) -> Answered:
+        prompt = probe_tokens(self._prompt)
         return Answered(
             *self._who,
             turn=self._turn,
-            prompt=probe_tokens(self._prompt),
-            prompt_digest=_digest(self._prompt),
+            prompt=prompt,
+            prompt_digest=_digest(prompt),
             prompt_length=len(self._prompt),
             text="".join(self._pieces)[:MAX_ANSWER_CHARACTERS],
             is_whole=self._room >= 0,
             length=last.num_output_tokens,
             finish_reason=reason,
-            nll=getattr(last, "answer_nll", None),
-            entropy=getattr(last, "answer_entropy", None),
+            nll=last.answer_nll,
+            entropy=last.answer_entropy,
         )
 
 
@@ -123,6 +125,8 @@ class FairQueue(Generic[Item]):
         self._max_waiting, self._max_of_a_stream = max_waiting, max_of_a_stream
         self._of: OrderedDict[StreamKey, deque[Item]] = OrderedDict()
         self._num = 0
+        self.num_put = 0
+        """Ever."""
         self._changed = threading.Condition()
 
     def __len__(self) -> int:
@@ -136,6 +140,7 @@ class FairQueue(Generic[Item]):
                 return False
             self._of.setdefault(key, deque()).append(item)
             self._num += 1
+            self.num_put += 1
             self._changed.notify()
             return True
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from adapters.drift.monitor import InputMonitor, OutputMonitor
 from adapters.drift.reference import DriftReference, read_reference
+from service.drift_intake import StreamKey
 from service.drift_states import Reading
 
 Values = Mapping[str, float | None]
@@ -43,7 +45,6 @@ class AnswerMonitor(Protocol):
     @property
     def needs_calibration(self) -> bool: ...
     def observe(self, values: Values, /) -> Sequence[Reading]: ...
-    def calibrate(self, check: Callable[[], None], /) -> None: ...
     def state_dict(self) -> bytes: ...
     def reset(self, signal: str | None = None) -> None: ...
 
@@ -58,7 +59,12 @@ class Monitors(Protocol):
 
     def of_prompts(self, reference: Reference, state: bytes | None) -> PromptMonitor: ...
 
-    def of_answers(self, digest: str, state: bytes | None) -> AnswerMonitor: ...
+    def of_answers(self, key: StreamKey, state: bytes | None) -> AnswerMonitor: ...
+
+
+def seed_of(key: StreamKey) -> int:
+    """Of the lots that its answer monitor draws: the same after a restart."""
+    return int.from_bytes(hashlib.sha256("\0".join(key).encode()).digest()[:4], "big")
 
 
 class CalibratedMonitors:
@@ -74,5 +80,5 @@ class CalibratedMonitors:
         assert isinstance(reference, DriftReference)
         return InputMonitor(reference, state)
 
-    def of_answers(self, digest: str, state: bytes | None) -> AnswerMonitor:
-        return OutputMonitor(self.run_length, int(digest[:8], 16), state)
+    def of_answers(self, key: StreamKey, state: bytes | None) -> AnswerMonitor:
+        return OutputMonitor(self.run_length, seed_of(key), state)

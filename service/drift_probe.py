@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from queue import Empty, SimpleQueue
 from typing import Protocol
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from service.engine.errors import EngineError
 from service.engine.observation import EngineStats
-from service.engine.sequence import GenerationRequest, OutputChunk, SamplingParams
+from service.engine.sequence import GenerationRequest, OutputChunk
 
 PROBE_PRIORITY = -100
 ACCOUNT = "{tenant}/drift"
@@ -94,23 +94,15 @@ class Prober:
         """None when the engine did not measure it."""
         is_free = _is_idle(self._engine.stats())
         start = self._clock()
-        chunk = self._ask(
-            GenerationRequest(
-                f"drift-{uuid.uuid4().hex}",
-                prompt,
-                SamplingParams(),
-                ACCOUNT.format(tenant=tenant_id),
-                priority=PROBE_PRIORITY,
-                pooling=True,
-                timeout_seconds=TIMEOUT_SECONDS,
-            )
-        )
+        request_id, account = f"drift-{uuid.uuid4().hex}", ACCOUNT.format(tenant=tenant_id)
+        request = GenerationRequest.probe(request_id, prompt, account, priority=PROBE_PRIORITY)
+        chunk = self._ask(replace(request, timeout_seconds=TIMEOUT_SECONDS))
         seconds = self._cost(len(prompt), self._clock() - start, is_free)
         if not is_free:
             self._budget.charge(seconds)
         if chunk is None or chunk.embedding is None:
             return None
-        return Probed(chunk.embedding, getattr(chunk, "prompt_nll", None), seconds)
+        return Probed(chunk.embedding, chunk.prompt_nll, seconds)
 
     def _ask(self, request: GenerationRequest) -> OutputChunk | None:
         chunks: SimpleQueue[OutputChunk] = SimpleQueue()

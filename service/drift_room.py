@@ -11,6 +11,7 @@ from service.config import Settings
 from service.database import Database
 from service.drift import DriftWatch
 from service.drift_board import DriftBoard
+from service.drift_calibration import CalibrationProcess
 from service.drift_events import DriftEvents
 from service.drift_monitors import CalibratedMonitors, Monitors
 from service.drift_probe import Prober
@@ -38,6 +39,7 @@ def open_drift(
         basis, board = drift_basis(engine.base), DriftBoard(time.time)
         chosen = monitors or CalibratedMonitors(settings.drift_run_length)
         streams = DriftStreams(database, store.directory, basis, chosen, board)
+        calibrator = CalibrationProcess(settings.drift_run_length)
         records = DriftRecords(database, basis)
         watch: DriftWatch
         prober = None
@@ -48,16 +50,18 @@ def open_drift(
                 is_stopping=lambda: watch.is_stopping,
                 clock=time.monotonic,
             )
-        watch = DriftWatch(streams, prober, board, records, DriftEvents(database), metrics)
+        watch = DriftWatch(streams, prober, board, records, DriftEvents(database), calibrator, metrics.drift)
         if settings.drift_webhook_url is not None and settings.drift_webhook_secret is not None:
             from service.drift_webhook import DriftWebhook  # an HTTP client, where one is wanted
 
             secret = settings.drift_webhook_secret.get_secret_value().encode()
-            webhook = DriftWebhook(settings.drift_webhook_url.get_secret_value(), secret, metrics.drift_webhook_ended)
+            webhook = DriftWebhook(
+                settings.drift_webhook_url.get_secret_value(), secret, metrics.drift.drift_webhook_ended
+            )
             webhook.start()
             stack.callback(webhook.stop)
             watch.add_listener(webhook)
-        metrics.watch_drift(board.worst)
+        metrics.drift.watch(board.worst)
         watch.start()
         stack.callback(watch.stop)
         yield watch

@@ -36,7 +36,8 @@ class DriftRecords:
         """One that was never asked has nothing to show yet."""
         with self._database.read() as connection:
             found = find(connection, tenant_id, digest)
-        return StreamView(None, tenant_id, digest, model, self._basis, None) if found is None else found[0]
+        nothing = StreamView(None, tenant_id, digest, model, self._basis, None)
+        return nothing if found is None else found[0].on(self._basis)
 
     def seen_since(self, at: float) -> list[StreamView]:
         """Of all tenants."""

@@ -43,12 +43,15 @@ class DriftStream:
     may_calibrate: bool = True
     is_dirty: bool = False
     unsaved: list[DriftEvent] = field(default_factory=list)
-    generation: int = 0
-    """Goes up when a monitor begins again: what was computed from its state before is void."""
 
     @property
     def key(self) -> StreamKey:
         return (self.view.tenant_id, self.view.digest)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Its first answers are there, and nobody has computed thresholds for what follows."""
+        return self.may_calibrate and self.answers.needs_calibration
 
     def skips(self, answered: Answered, now: float) -> Skipped | None:
         """Whether this one is not looked at."""
@@ -81,7 +84,6 @@ class DriftStream:
             self._put(before.begin_again(given.at))
             self.unsaved.append(self._event(before, self.view.signals[name], given.at, given))
             self.view = replace(self.view, acknowledged={**self.view.acknowledged, name: given})
-        self.generation += 1
 
     def expected_alarms(self, *, of_prompts: bool) -> float:
         """False ones that the promise allows for one more observation; none while an alarm stands or nothing is

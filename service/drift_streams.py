@@ -22,9 +22,10 @@ from adapters.errors import AdapterError, AdapterNotFoundError
 from adapters.scoring import TaskKind
 from service.database import Database, database_now, lock_tenant, new_id
 from service.drift_board import DriftBoard
+from service.drift_calibration import Calibrated
 from service.drift_events import DriftEvent, append
 from service.drift_intake import StreamKey
-from service.drift_monitors import AnswerMonitor, Monitors, PromptMonitor, Reference
+from service.drift_monitors import Monitors, PromptMonitor, Reference
 from service.drift_rows import Blobs, digests_of, find, insert, update
 from service.drift_sampling import Sampling, new_salt
 from service.drift_states import DriftState
@@ -143,9 +144,15 @@ class DriftStreams:
                 del self._loaded[key]
             self._board.keep(tenant_id, left)
 
-    def copy_of_answers(self, stream: DriftStream) -> AnswerMonitor:
-        """The monitor as it stands, to be calibrated without the lock."""
-        return self._monitors.of_answers(stream.view.digest, stream.answers.state_dict())
+    def calibrated(self, done: Calibrated) -> None:
+        """Under the lock. What failed would fail again, at seconds of work each time: not before the next start."""
+        stream = self._loaded.get(done.key)
+        if stream is None or not stream.needs_calibration:
+            return
+        if done.state is None:
+            stream.may_calibrate = False
+        else:
+            stream.answers, stream.is_dirty = self._monitors.of_answers(done.key, done.state), True
 
     # -- loading ------------------------------------------------------------------------------------------------
 
@@ -175,6 +182,7 @@ class DriftStreams:
 
     def _assemble(self, kept: StreamView, blobs: Blobs, reference: Reference | None) -> DriftStream:
         """What was kept on another base is no baseline for answers on this one."""
+        key = (kept.tenant_id, kept.digest)
         known = StreamView(**{**kept.__dict__, "reference_basis": None if reference is None else reference.basis})
         view = known.on(self._basis)
         prompts: PromptMonitor | None = None
@@ -186,7 +194,7 @@ class DriftStreams:
             sampling=Sampling(blobs.salt, blobs.sampling),
             salt=blobs.salt,
             prompts=prompts,
-            answers=self._restored(lambda state: self._monitors.of_answers(view.digest, state), state, view),
+            answers=self._restored(lambda state: self._monitors.of_answers(key, state), state, view),
             prompt_run_length=None if reference is None else reference.run_length,
             answer_run_length=self._monitors.run_length,
             kept_prompts=blobs.prompts,

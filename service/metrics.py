@@ -6,7 +6,7 @@ One registry per `Metrics`, none global. Histograms carry no tenant: that would 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,12 +15,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from service.drift_metrics import DriftMetrics
 from service.engine.sequence import SequenceReport
 from service.job import JobStatus
 from service.tenant_labels import TenantLabels
 
 if TYPE_CHECKING:
-    from service.drift_board import Worst
     from service.engine.observation import EngineStats
 
 TTFT_BUCKETS = (
@@ -66,10 +66,10 @@ class Metrics:
         self._define_adapter_metrics()
         self._define_job_metrics()
         self._define_rollout_metrics()
-        self._define_drift_metrics()
         self._tenant_labels = TenantLabels(
             max_tenant_labels, on_removed=self._remove_label, on_overflow=self._tenant_label_overflow.inc
         )
+        self.drift = DriftMetrics(self.registry, self._tenant_labels.shown)
 
     # The API reports requests; what the sequences of a request did comes from the engine, below.
 
@@ -169,28 +169,6 @@ class Metrics:
     def completion_record_dropped(self) -> None:
         self._completion_records_dropped.inc()
 
-    # service.drift: DriftObserver.
-
-    def drift_probe_ended(self, outcome: str) -> None:
-        """Of a prompt: measured, failed, or not looked at: duplicate, capped, dropped."""
-        self._drift_probes.labels(outcome).inc()
-
-    def drift_probed(self, seconds: float) -> None:
-        self._drift_probe_seconds.inc(seconds)
-
-    def drift_alarmed(self, signal: str) -> None:
-        self._drift_alarms.labels(signal).inc()
-
-    def drift_alarms_expected(self, number: float) -> None:
-        self._drift_expected_false_alarms.inc(number)
-
-    def drift_failed(self) -> None:
-        self._drift_failures.inc()
-
-    def drift_webhook_ended(self, outcome: str) -> None:
-        """Of an event: delivered, failed after all attempts, or dropped because too many wait."""
-        self._drift_webhooks.labels(outcome).inc()
-
     # Gauges are read when somebody scrapes.
 
     def watch_engine(self, stats: Callable[[], EngineStats]) -> None:
@@ -200,9 +178,6 @@ class Metrics:
 
     def watch_leases(self, max_lease_age_seconds: Callable[[], float]) -> None:
         self.registry.register(_Scrape(lambda: _lease_gauges(max_lease_age_seconds())))
-
-    def watch_drift(self, worst: Callable[[Callable[[str], str]], Mapping[str, Worst]]) -> None:
-        self.registry.register(_Scrape(lambda: _drift_gauges(worst(self._tenant_labels.shown))))
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """The text of a scrape and its content type; OpenMetrics, with exemplars, when `accept` says so."""
@@ -273,16 +248,6 @@ class Metrics:
             "completion_records_dropped", "Answers that feedback cannot refer to: the database was too slow."
         )
 
-    def _define_drift_metrics(self) -> None:
-        self._drift_probes = self._counter("drift_probes", "First prompts of conversations, by outcome.", "outcome")
-        self._drift_probe_seconds = self._counter("drift_probe_seconds", "Computing that probes took.")
-        self._drift_alarms = self._counter("drift_alarms", "Signals that went into drift.", "signal")
-        self._drift_expected_false_alarms = self._counter(
-            "drift_expected_false_alarms", "Alarms that the promised run lengths allow without any drift."
-        )
-        self._drift_failures = self._counter("drift_failures", "What broke in the watch for drift; the log says what.")
-        self._drift_webhooks = self._counter("drift_webhooks", "Drift's events posted to the webhook.", "outcome")
-
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, namespace="rootstock", registry=self.registry)
 
@@ -329,22 +294,6 @@ def _engine_gauges(stats: EngineStats) -> Iterator[Metric]:
     for tier, capacity in stats.slots.items():
         slots.add_metric([tier], capacity)
     yield slots
-
-
-def _drift_gauges(found: Mapping[str, Worst]) -> Iterator[Metric]:
-    """The worst of each tenant's adapters. What is unknown has no sample; the state that holds is 1."""
-    ratio = GaugeMetricFamily(
-        "rootstock_drift_statistic_ratio", "Statistic over its threshold.", labels=["tenant", "signal"]
-    )
-    state = GaugeMetricFamily("rootstock_drift_state", "The current one.", labels=["tenant", "signal", "state"])
-    samples = GaugeMetricFamily("rootstock_drift_samples", "Answers looked at.", labels=["tenant"])
-    for tenant, worst in found.items():
-        samples.add_metric([tenant], worst.samples)
-        for signal, value in worst.ratios.items():
-            ratio.add_metric([tenant, signal], value)
-        for signal, current in worst.states.items():
-            state.add_metric([tenant, signal, current.value], 1)
-    yield from (ratio, state, samples)
 
 
 def _lease_gauges(age_seconds: float) -> Iterator[Metric]:

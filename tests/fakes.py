@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ class FakeBase:
 
     name: str = "tiny"
     fingerprint: str = "fingerprint-of-tiny"
+    quantization: str = "none"
     max_model_len: int = 256
     vocab_size: int = 0x110000
     eos_token_ids: frozenset[int] = frozenset({0})
@@ -108,6 +109,16 @@ class FakeEngine:
                     raise EmbeddingFailedError(f"The embedding could not be computed: {chunk.error}.")
         assert chunk.embedding is not None
         return chunk.embedding
+
+    def submit(self, request: GenerationRequest, on_chunk: Callable[[OutputChunk], None]) -> None:
+        """Pooling requests only: answered at once, in the caller's thread."""
+        if self.refusal is not None:
+            raise self.refusal
+        self.requests.append(request)
+        on_chunk(self._chunk(request, "", 0, FinishReason.STOP))
+
+    def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[OutputChunk, None]:
         if self.refusal is not None:

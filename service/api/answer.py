@@ -131,8 +131,11 @@ class Ask:
                     code="context_length_exceeded",
                 )
 
-    def requests(self, max_seconds: float | None) -> list[GenerationRequest]:
-        """One engine request per choice; those of the first prompt first. `max_seconds` is the service's own limit."""
+    def requests(self, max_seconds: float | None, *, measure: bool) -> list[GenerationRequest]:
+        """One engine request per choice; those of the first prompt first. `max_seconds` is the service's own limit.
+
+        With `measure` the first one's answer is measured.
+        """
         num_choices = self.params.num_choices
         limits = [limit for limit in (self.params.timeout, max_seconds) if limit is not None]
         return [
@@ -144,6 +147,7 @@ class Ask:
                 adapter=self.model.digest,
                 priority=self.params.priority or 0,
                 timeout_seconds=min(limits, default=None),
+                measure=measure and index == 0,
             )
             for index in range(len(self.prompts) * num_choices)
         ]
@@ -175,7 +179,7 @@ async def answer(request: Request, services: Services, ask: Ask, shape: AnswerSh
     """
     origin = Origin(ask.operation, request.state.trace_id)
     tap = services.drift.tap(ask.tenant.id, ask.model, ask.turn, ask.prompts[0]) if services.drift else None
-    requests = ask.requests(services.settings.request_timeout_seconds)
+    requests = ask.requests(services.settings.request_timeout_seconds, measure=tap is not None)
     generation = Generation(services.engine, services.metrics, requests, origin)
     watch = AnswerWatch(services.rollout, ask.head.id, ask.tenant.id, ask.route, requests, tap)
     headers = watch.headers

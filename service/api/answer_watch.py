@@ -64,7 +64,8 @@ class AnswerWatch:
         if index == 0:
             if self._tap is not None:
                 self._tap.add(chunk)
-            self._answered.add(chunk)
+            if self._shadow is not None:
+                self._answered.add(chunk)
         if chunk.finish_reason is not None:
             self._num_tokens += chunk.num_output_tokens
             self._num_cut += chunk.finish_reason is FinishReason.LENGTH
