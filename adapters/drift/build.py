@@ -7,6 +7,7 @@ are projected on must not be fitted to them, or new prompts would lie further ou
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from adapters.drift.calibration import NUM_STREAMS, calibrate, num_steps_for, st
 from adapters.drift.cusum import allowance
 from adapters.drift.mmd import kernel, median_bandwidth
 from adapters.drift.reference import DriftReference, ScalarReference
-from adapters.drift.simulation import Draws, number_paths, window_paths
+from adapters.drift.simulation import Draws, Paths, number_paths, window_paths
 from adapters.errors import DriftReferenceError, TooFewPromptsError
 
 MIN_PROMPTS = 64
@@ -77,7 +78,8 @@ def principal_components(embeddings: NDArray[np.float32]) -> tuple[NDArray[np.fl
 
 
 def _check_input(embeddings: NDArray[np.float32], scalars: Mapping[str, NDArray[np.float64]]) -> None:
-    for name, values in {"embeddings": embeddings, **scalars}.items():
+    named: dict[str, NDArray[Any]] = {"embeddings": embeddings, **scalars}
+    for name, values in named.items():
         if len(values) != len(embeddings) or not np.isfinite(values).all():
             raise DriftReferenceError(f"{name}: a finite value is needed for each of {len(embeddings)} prompts")
 
@@ -90,7 +92,7 @@ def _distinct(embeddings: NDArray[np.float32]) -> NDArray[np.intp]:
     return np.sort(first)
 
 
-def _shares(numbers: Mapping[str, NDArray[np.float32]]) -> dict[str | int, float]:
+def _shares(numbers: Mapping[str, Paths]) -> dict[str | int, float]:
     """Of the false alarms, by signal and window."""
     embedding = EMBEDDING_SHARE if numbers else 1.0
     shares: dict[str | int, float] = dict.fromkeys(WINDOWS, embedding / len(WINDOWS))

@@ -20,6 +20,8 @@ NUM_STREAMS = 320
 MAX_STEPS = 20_000
 MIN_STEPS = 512
 NUM_HALVINGS = 20
+TAIL = 50
+"""A first threshold is looked for among the highest values, so many times as many as pass it."""
 START_STRIDE = 8
 """Any step may be the first of a stream as far as a window is concerned; so many lie between those that are tried."""
 
@@ -75,9 +77,11 @@ def starting_thresholds(path: Paths, window: int, level: float, run_length: floa
     starts = np.arange(window - 1, path.shape[1] - window, START_STRIDE)
     quiet = np.ones((len(path), len(starts)), dtype=bool)
     found = np.empty(window)
+    floor = np.quantile(path[:, starts], 1 - min(TAIL / run_length, 1))
     for step in range(window):
         here = path[:, starts + step]
-        found[step] = _quantile(np.sort(here[quiet]), 1 - 1 / run_length)
+        highest = np.sort(here[quiet & (here >= floor)])[::-1]
+        found[step] = np.interp(quiet.sum() / run_length, np.arange(len(highest)), highest)
         quiet &= here < found[step]
     found *= level / found[-1]
     return found

@@ -39,8 +39,8 @@ def rank_scores(u: Numbers) -> Numbers:
 
 
 def rank_score(values: Numbers, value: float, lot: float) -> float:
-    """Of a value among `values` [n], ascending. `lot` in [0, 1) says where in the gap between its neighbours it lies, and
-    among those that it equals: so its rank is uniform for a value that might be one of them."""
+    """Of a value among `values` [n], ascending. `lot` in [0, 1) says where in the gap between its neighbours it lies,
+    and where among those that it equals: so its rank is uniform for a value that might be one of them."""
     low, high = np.searchsorted(values, value, "left"), np.searchsorted(values, value, "right")
     u = (low + max(lot, 1e-6) * (high - low + 1)) / (len(values) + 1)
     return math.log(u / (1 - u)) / _SPREAD

@@ -49,8 +49,7 @@ class DriftReference:
 
     def project(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
         """[d] -> [k], or [n, d] -> [n, k]."""
-        found: NDArray[np.float32] = (embedding - self.mean) @ self.components.T
-        return found
+        return np.asarray((embedding - self.mean) @ self.components.T, dtype=np.float32)
 
 
 def write_reference(directory: Path, reference: DriftReference) -> None:
@@ -60,8 +59,8 @@ def write_reference(directory: Path, reference: DriftReference) -> None:
         "components": reference.components,
         "points": reference.points,
     }
-    for window, thresholds in reference.thresholds.items():
-        tensors[f"thresholds.{window}"] = thresholds
+    for window, levels in reference.thresholds.items():
+        tensors[f"thresholds.{window}"] = levels
     for name, scalar in reference.scalars.items():
         tensors[f"scalars.{name}"] = scalar.values
     facts = {

@@ -21,7 +21,8 @@ from adapters.drift.mmd import mmd2_paths
 Paths = NDArray[np.float32]
 """[streams, steps], minus infinity where a statistic is not known yet."""
 Indices = NDArray[np.intp]
-STREAMS_AT_ONCE = 32
+STEPS_AT_ONCE = 65_536
+"""As many as stay in a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,12 @@ def window_paths(
 ) -> dict[int, Paths]:
     """MMD² by window. kernel: [n, n], of the pool with itself."""
     imputed = without_self_similarity(kernel)
-    parts = [
-        _window_paths(imputed, Draws(draws.reference[some], draws.stream[some]), windows, check)
-        for some in np.split(np.arange(len(draws.stream)), range(STREAMS_AT_ONCE, len(draws.stream), STREAMS_AT_ONCE))
-    ]
+    num_streams, num_steps = draws.stream.shape
+    size = max(1, STEPS_AT_ONCE // num_steps)
+    parts = []
+    for first in range(0, num_streams, size):
+        some = slice(first, first + size)
+        parts.append(_window_paths(imputed, Draws(draws.reference[some], draws.stream[some]), windows, check))
     return {window: np.concatenate([part[window] for part in parts]) for window in windows}
 
 
@@ -112,8 +115,4 @@ def _places(rng: np.random.Generator, values: NDArray[np.float64]) -> Indices:
 
 def _num_below(rows: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.intp]:
     """Row by row, how many of the ascending row are below each value; all in [0, 1]."""
-    num_rows, size = rows.shape
-    shift = 2.0 * np.arange(num_rows)[:, None]
-    found = np.searchsorted((rows + shift).ravel(), (values + shift).ravel()).reshape(values.shape)
-    found -= size * np.arange(num_rows)[:, None]
-    return found
+    return np.stack([np.searchsorted(row, searched) for row, searched in zip(rows, values, strict=True)])

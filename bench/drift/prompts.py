@@ -29,8 +29,10 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.length)
 
-    def __getitem__(self, chosen: NDArray[np.intp]) -> Prompts:
-        return Prompts(self.embeddings[chosen], self.length[chosen], self.nll[chosen])
+    @property
+    def numbers(self) -> dict[str, NDArray[np.float64]]:
+        """By signal."""
+        return {"prompt_length": self.length, "prompt_nll": self.nll}
 
 
 class PromptEmbedder:
@@ -44,10 +46,16 @@ class PromptEmbedder:
         self._tokenizer = AutoTokenizer.from_pretrained(base)
         self._salt = hashlib.sha256((base / "model.safetensors").read_bytes()).digest()
         self._cache = cache
+        self._known: dict[str, Prompts] = {}
 
     def embed(self, texts: Sequence[str]) -> Prompts:
         """[n] texts, each as the one user turn of a chat."""
         key = hashlib.sha256(self._salt + "\0".join(texts).encode()).hexdigest()[:24]
+        if key not in self._known:
+            self._known[key] = self._find_or_compute(key, texts)
+        return self._known[key]
+
+    def _find_or_compute(self, key: str, texts: Sequence[str]) -> Prompts:
         kept = None if self._cache is None else self._cache / f"{key}.npz"
         if kept is not None and kept.is_file():
             found = np.load(kept)
