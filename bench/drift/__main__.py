@@ -11,16 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[name] = "1"  # before numpy is imported: one core, whatever the machine has
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 NUM_PEER_SHIFTS = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here comes from a hub
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from bench.drift import report
 
     if options.write_docs:
@@ -56,7 +53,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         print(f"{time.monotonic() - started:4.0f} s  {what}", flush=True)
 
     texts = read(options.data, plan.pool, plan.conversations, plan.seed)
-    embedder = PromptEmbedder(options.base or Path(BUNDLED_BASE), options.cache)
+    embedder = PromptEmbedder(options.base or Path(BUNDLED_BASE), options.cache, note)
     found: dict[str, Any] = {}
     for name, measured in (
         ("control", lambda: control(plan, texts.sources, embedder)),
@@ -104,4 +101,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = "1"  # before numpy is imported: one core, whatever the machine has
     main()

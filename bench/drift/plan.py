@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Plan:
     """`promise` is short enough to be waited for many times; `default_promise` is what the service starts with."""
 
-    pool: int = 6000
+    pool: int = 4000
     """Prompts of a source, at most."""
     size: int = 500
     """Prompts that a reference is made of, where their number is not the subject."""
@@ -18,25 +18,25 @@ class Plan:
     promise: float = 500.0
     default_promise: float = 5000.0
     sizes: tuple[int, ...] = (200, 500, 1000)
-    num_references: int = 60
+    num_references: int = 40
     num_streams: int = 8
     """For each reference."""
-    horizon: int = 5
+    horizon: int = 4
     """Streams without drift are watched for so many promised run lengths."""
-    default_references: int = 20
+    default_references: int = 12
     conversations: int = 2000
-    whole_conversations: int = 500
+    whole_conversations: int = 400
     """Of which all turns are used."""
-    conversation_references: int = 20
+    conversation_references: int = 16
 
     shares: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 1.0)
     quiet: int = 100
     """Prompts before the change."""
     delay: int = 1000
     """Prompts after it."""
-    delay_references: int = 4
-    delay_streams: int = 40
-    peer_references: int = 8
+    delay_references: int = 3
+    delay_streams: int = 32
+    peer_references: int = 6
     peer_streams: int = 6
     peer_windows: int = 30
     """Of a stream without drift."""

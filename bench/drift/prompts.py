@@ -7,7 +7,7 @@ chat, of length one. Here prompts of like length share a batch, since nobody wai
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +36,10 @@ class Prompts:
 
 
 class PromptEmbedder:
-    """Embeds texts with the base at `base`. `cache`: a folder in which what was embedded is found again."""
+    """Embeds texts with the base at `base`. `cache`: a folder in which what was embedded is found again; `note`
+    is told of progress."""
 
-    def __init__(self, base: Path, cache: Path | None) -> None:
+    def __init__(self, base: Path, cache: Path | None, note: Callable[[str], None]) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,16 +47,20 @@ class PromptEmbedder:
         self._tokenizer = AutoTokenizer.from_pretrained(base)
         self._salt = hashlib.sha256((base / "model.safetensors").read_bytes()).digest()
         self._cache = cache
-        self._known: dict[str, Prompts] = {}
+        self._note = note
+        self._known: dict[str, tuple[NDArray[np.float32], float, float]] = {}
 
     def embed(self, texts: Sequence[str]) -> Prompts:
-        """[n] texts, each as the one user turn of a chat."""
-        key = hashlib.sha256(self._salt + "\0".join(texts).encode()).hexdigest()[:24]
-        if key not in self._known:
-            self._known[key] = self._find_or_compute(key, texts)
-        return self._known[key]
+        """[n] texts, each as the one user turn of a chat. A text that was met before is not computed again."""
+        if new := [text for text in dict.fromkeys(texts) if text not in self._known]:
+            found = self._find_or_compute(new)
+            self._note(f"{len(new)} prompts embedded")
+            self._known |= zip(new, zip(found.embeddings, found.length, found.nll, strict=True), strict=True)
+        embeddings, length, nll = zip(*(self._known[text] for text in texts), strict=True)
+        return Prompts(np.stack(embeddings), np.array(length), np.array(nll))
 
-    def _find_or_compute(self, key: str, texts: Sequence[str]) -> Prompts:
+    def _find_or_compute(self, texts: Sequence[str]) -> Prompts:
+        key = hashlib.sha256(self._salt + "\0".join(texts).encode()).hexdigest()[:24]
         kept = None if self._cache is None else self._cache / f"{key}.npz"
         if kept is not None and kept.is_file():
             found = np.load(kept)
