@@ -10,14 +10,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import cast
 
 import pytest
 import structlog
 
 from service.drift_events import DriftEvent
+from service.drift_monitors import Monitors
 from service.drift_states import DriftState
 from service.drift_webhook import MAX_ATTEMPTS, MAX_WAITING, DriftWebhook
-from tests.service.drift_fixtures import wait_until
+from tests.service.drift_fixtures import DIGEST, WINDOW, FakeMonitors, wait_until
+from tests.service.http_fixtures import serve_fake
 
 SECRET = b"a secret of the operator's"
 
@@ -150,3 +154,17 @@ def test_stopping_does_not_wait_for_what_is_left(receiver: Receiver) -> None:
     start = time.perf_counter()
     hook.webhook.stop()
     assert time.perf_counter() - start < 5.0
+
+
+def test_the_service_posts_what_happens_to_a_tenant(receiver: Receiver, tmp_path: Path) -> None:
+    chosen = {"drift_webhook_url": receiver.url, "drift_webhook_secret": SECRET.decode()}
+    with serve_fake(tmp_path, monitors=cast(Monitors, FakeMonitors(references={})), **chosen) as served:
+        model = served.control.publish(digest=DIGEST, suffix="tuned")
+        served.engine.pieces = ("I'm sorry, I cannot help with that.",)
+        for number in range(WINDOW):
+            body = {"model": model, "messages": [{"role": "user", "content": f"number {number}"}]}
+            served.http().post("/v1/chat/completions", json=body).raise_for_status()
+        served.wait_until(lambda: bool(receiver.heard))
+        told = json.loads(receiver.heard[0][1])
+        assert (told["tenant"], told["signal"], told["state"]) == (served.control.acme.id, "refusal", "drift")
+        served.wait_until(lambda: 'rootstock_drift_webhooks_total{outcome="delivered"} 1.0' in served.scrape())
