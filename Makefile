@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo serve check lint fast test bench bench-quick lock fmt examples clean
+.PHONY: help install demo serve check lint fast test bench bench-quick bench-drift lock fmt examples clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,10 @@ bench: install  ## the full benchmark, as ratios, into bench/results/
 
 bench-quick: install  ## the same benchmark with small sizes, to see that it runs
 	$(BIN)/python -m bench --quick
+
+bench-drift: install  ## how long drift tests run, how soon they find a shift: make bench-drift DATA=DIR
+	@test -n "$(DATA)" || { echo "make bench-drift DATA=DIR: the folder with tasks/, drift/ and corpora/"; exit 1; }
+	$(BIN)/python -m bench.drift --data $(DATA)
 
 lock: install  ## pin again after pyproject.toml changed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[dev,postgres,s3]'

@@ -15,7 +15,7 @@ import torch
 
 from adapters.dataset import Complaints
 from adapters.errors import DatasetError
-from adapters.example import ChatExample, CompletionExample, Example, Message, PreferenceExample
+from adapters.example import ChatExample, CompletionExample, Example, Message, PreferenceExample, opening_of
 
 MAX_VALIDATION_EXAMPLES = 512
 
@@ -179,6 +179,14 @@ def render_prompt(example: Example, codec: Codec) -> list[int]:
     if isinstance(example, CompletionExample):
         return encode_prompt(codec, example.prompt)
     return _render(codec, example.prompt, add_generation_prompt=True)
+
+
+def render_opening(example: Example, codec: Codec) -> list[int]:
+    """The prompt before the example's first answer, as the service renders a conversation's first request."""
+    opening = opening_of(example)
+    if isinstance(opening, str):
+        return encode_prompt(codec, opening)
+    return _render(codec, opening, add_generation_prompt=True)
 
 
 def encode_prompt(codec: Codec, text: str) -> list[int]:

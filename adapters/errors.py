@@ -7,6 +7,8 @@ AdapterError
 ├── NoFreeSlotError       every slot is pinned by a running sequence
 ├── StoreError            the artifact store did not answer as it should
 ├── DatasetError          an example file is unusable (`line`, `code`, `param`)
+├── DriftReferenceError   an adapter's drift reference cannot be read, or a monitor's state is not of it
+│   └── TooFewPromptsError too few prompts to make one of
 └── TrainingError         a run cannot go on (`code`)
 """
 
@@ -73,6 +75,18 @@ class DatasetError(AdapterError):
         super().__init__(f"line {line}: {message}" if line is not None else message, param=param)
         self.line = line
         self.code = code
+
+
+class DriftReferenceError(AdapterError):
+    """A drift reference is torn or of another format, or a kept state does not belong to it."""
+
+    code = "invalid_drift_reference"
+
+
+class TooFewPromptsError(DriftReferenceError):
+    """No drift reference can be made of so few prompts."""
+
+    code = "too_few_prompts"
 
 
 class TrainingError(AdapterError):

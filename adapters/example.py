@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 from adapters.assertions import Assertion, parse_assertions
@@ -96,6 +97,13 @@ class PreferenceExample:
 
 
 Example = ChatExample | CompletionExample
+
+
+def opening_of(example: Example) -> tuple[Message, ...] | str:
+    """What comes before the first answer: how the conversation, or the completion, begins."""
+    if isinstance(example, CompletionExample):
+        return example.prompt
+    return tuple(takewhile(lambda message: message.role != "assistant", example.messages))
 
 
 def parse_example(line: int, raw: bytes) -> Example:

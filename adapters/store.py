@@ -1,6 +1,6 @@
 """Immutable adapter directories, named by what is in them. Knows their file names and bytes, not their tensors.
 
-    {url}/sha256/{digest}/adapter_config.json, adapter_model.safetensors, small notes, manifest.json
+    {url}/sha256/{digest}/adapter_config.json, adapter_model.safetensors, small notes, a drift reference, manifest.json
 
 `manifest.json` lists each file's sha256 and size; the digest is the sha256 of the manifest, so it vouches for every
 byte. A directory is there completely or not at all: locally by a rename after fsync, remotely because the manifest is
@@ -25,12 +25,15 @@ from weakref import WeakValueDictionary
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from adapters.drift.reference import TENSORS
 from adapters.durable import fsync_path, make_directories
 from adapters.errors import AdapterFormatError, AdapterNotFoundError, StoreError
 
 REQUIRED_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 NOTE_SUFFIXES = frozenset({".json", ".md", ".csv"})
 MAX_NOTE_BYTES = 4 * 1024 * 1024
+MAX_REFERENCE_BYTES = 32 * 1024 * 1024
+"""Of the drift reference's tensors, whose directions are as long as the base's hidden states."""
 MANIFEST = "manifest.json"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -190,14 +193,16 @@ def _check_file(path: Path) -> None:
         raise AdapterFormatError(f"'{path.name}' is no plain file", check="files")
     if path.name in REQUIRED_FILES:
         return
-    if path.name == MANIFEST or path.name.startswith(".") or path.suffix not in NOTE_SUFFIXES:
+    limit = MAX_REFERENCE_BYTES if path.name == TENSORS else MAX_NOTE_BYTES
+    is_note = path.name == TENSORS or path.suffix in NOTE_SUFFIXES
+    if path.name == MANIFEST or path.name.startswith(".") or not is_note:
         raise AdapterFormatError(
-            f"'{path.name}' may not be part of an adapter: only {', '.join(sorted(REQUIRED_FILES))} and notes in "
-            ".json, .md or .csv",
+            f"'{path.name}' may not be part of an adapter: only {', '.join(sorted(REQUIRED_FILES))}, {TENSORS} and "
+            "notes in .json, .md or .csv",
             check="files",
         )
-    if path.stat().st_size > MAX_NOTE_BYTES:
-        raise AdapterFormatError(f"'{path.name}' is longer than {MAX_NOTE_BYTES} bytes", check="files")
+    if path.stat().st_size > limit:
+        raise AdapterFormatError(f"'{path.name}' is longer than {limit} bytes", check="files")
 
 
 def _verify_present(path: Path, digest: str) -> None:

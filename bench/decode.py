@@ -12,6 +12,7 @@ from bench.subject import Subject
 
 RATIOS = (
     ("idle ÷ base", "idle", "base"),
+    ("measured ÷ base", "measured", "base"),
     ("one ÷ base", "one", "base"),
     ("8 distinct ÷ base", "8 distinct", "base"),
     ("32 distinct ÷ base", "32 distinct", "base"),
@@ -22,7 +23,8 @@ RATIOS = (
 def measure(subject: Subject, plan: Plan, tick: Callable[[str], None]) -> list[Entry]:
     """Tokens per second while all rows decode, prefill left out.
 
-    "base" is an engine that never met an adapter; "idle" has all of them in its slots and uses none.
+    "base" is an engine that never met an adapter; "idle" has all of them in its slots and uses none; "measured" is
+    "base" with every answer measured for drift.
     """
     prompts = random_prompts(subject.sizes.vocabulary, plan.num_rows, 32, 64, seed=1)
     num_adapters = len(subject.adapters)
@@ -40,6 +42,7 @@ def measure(subject: Subject, plan: Plan, tick: Callable[[str], None]) -> list[E
         plain.run(alone, 4)
         loaded.run(mixes["32 distinct"], 4)
         variants = {"base": _variant(plain, alone, plan.decode_tokens)}
+        variants["measured"] = _variant(plain, alone, plan.decode_tokens, measure=True)
         variants |= {name: _variant(loaded, rows, plan.decode_tokens) for name, rows in mixes.items()}
         samples = interleave(variants, plan.decode_rounds, tick)
     entries = [quantity(f"{name}.decode", samples, "tokens/s") for name in variants]
@@ -48,8 +51,8 @@ def measure(subject: Subject, plan: Plan, tick: Callable[[str], None]) -> list[E
     return entries
 
 
-def _variant(rig: ServingRig, rows: list[Row], num_tokens: int) -> Variant:
+def _variant(rig: ServingRig, rows: list[Row], num_tokens: int, *, measure: bool = False) -> Variant:
     def run() -> Mapping[str, float]:
-        return {"decode": rig.run(rows, num_tokens).decode_tokens_per_second}
+        return {"decode": rig.run(rows, num_tokens, measure=measure).decode_tokens_per_second}
 
     return run

@@ -86,7 +86,7 @@ class ServingRig:
     def close(self) -> None:
         self.engine.shutdown(0)
 
-    def run(self, rows: Sequence[Row], num_tokens: int) -> Timeline:
+    def run(self, rows: Sequence[Row], num_tokens: int, *, measure: bool = False) -> Timeline:
         """Submit all rows at once, decode exactly `num_tokens` for each, greedily, and wait for the last."""
         sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
         ids = [f"bench-{next(_ids)}" for _ in rows]
@@ -102,7 +102,8 @@ class ServingRig:
         arrivals = []
         for request_id, row in zip(ids, rows, strict=True):
             arrivals.append(time.monotonic())
-            self.engine.submit(GenerationRequest(request_id, row.prompt, sampling, "bench", row.adapter), hear)
+            request = GenerationRequest(request_id, row.prompt, sampling, "bench", row.adapter, measure=measure)
+            self.engine.submit(request, hear)
         for _ in rows:
             if not left.acquire(timeout=_PATIENCE_SECONDS):
                 raise RuntimeError("the engine does not answer")

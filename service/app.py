@@ -16,6 +16,7 @@ from service.api.tool_format import ToolFormat
 from service.archive import Archive
 from service.config import Settings
 from service.data_reports import DataReports
+from service.drift_room import open_drift
 from service.engine.engine_process import EngineProcess
 from service.engine.grammar_compiler import GrammarCompiler
 from service.engine.remote_engine import RemoteEngine
@@ -85,6 +86,7 @@ def open_services(
             store=archive.store,
             rollout=stack.enter_context(open_rollout(archive.database, registry, engine, metrics, settings)),
             merges=merges_in(settings, archive.database),
+            drift=stack.enter_context(open_drift(archive.database, archive.store, engine, metrics, settings)),
         )
 
 

@@ -52,8 +52,21 @@ def _data(note: Mapping[str, Any]) -> dict[str, Any]:
 def _measurement(version: AdapterVersion) -> dict[str, Any]:
     metrics = dict(version.metrics)
     evaluation = metrics.pop("evaluation", None)
+    reference = _drift_reference(metrics.pop("drift_reference", None))
     found = {name: _found(name, metrics, evaluation) for name in ("gate", "forgetting")}
-    return {**{name: value for name, value in metrics.items() if name not in found}, **found, "evaluation": evaluation}
+    rest = {name: value for name, value in metrics.items() if name not in found}
+    return {**rest, **found, "drift_reference": reference, "evaluation": evaluation}
+
+
+def _drift_reference(facts: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What this adapter's prompts are compared with, and what is promised of the comparison."""
+    if facts is None:
+        return {"made": False, "promise": "None: the prompts of this adapter are not watched for drift."}
+    promise = (
+        "While prompts stay as they were in training, one false alarm in"
+        f" {facts['run_length']:g} observed prompts is expected."
+    )
+    return {"made": True, "num_prompts": facts["num_prompts"], "run_length": facts["run_length"], "promise": promise}
 
 
 def _found(name: str, metrics: Mapping[str, Any], evaluation: Any) -> Any:
@@ -103,7 +116,8 @@ def _verification(
             " log-probabilities, whatever else the service answers meanwhile.",
             "Log-probabilities are the adapted model's own, before temperature and penalties.",
             "The digest is the SHA-256 of the list of the adapter's files with their SHA-256 (below), as compact JSON"
-            ' {"files":{name:{"bytes","sha256"}},"version":1} with sorted keys. Export the adapter and compare.',
+            ' {"files":{name:{"bytes","sha256"}},"version":1} with sorted keys. Export the adapter and compare;'
+            " an export holds config and weights, a drift reference stays here.",
         ],
         "curl": _curl(version.id, url),
         "export": _authorised(f"{url}/v1/adapters/{version.id}/export", "-o adapter.zip"),

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import ByteSize, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -135,6 +136,21 @@ class Settings(BaseSettings):
     )
     merge_seconds: float = Field(24 * 3600.0, ge=60.0, description="How long a merged model can be downloaded.")
 
+    drift: bool = Field(True, description="Watch the traffic of each adapter for drift, behind everybody's requests.")
+    drift_run_length: float = Field(
+        5000.0,
+        ge=500.0,
+        le=10_000_000.0,
+        description="Observations of an adapter's traffic until a false alarm is to be expected; smaller finds sooner."
+        " Of references it is what they are made with.",
+    )
+    drift_webhook_url: SecretStr | None = Field(
+        None, description="http(s) URL that drift's events are posted to, of all tenants; needs the secret."
+    )
+    drift_webhook_secret: SecretStr | None = Field(
+        None, min_length=16, description="Key that signs them (HMAC-SHA256)."
+    )
+
     max_body_bytes: ByteSize = Field(ByteSize(8 * MIB), ge=1024, description="Largest JSON request body.")
     max_file_bytes: ByteSize = Field(ByteSize(512 * MIB), ge=1024, description="Largest uploaded file.")
     drain_seconds: float = Field(
@@ -158,6 +174,10 @@ class Settings(BaseSettings):
             )
         if self.port == self.ops_port and self.port != 0:
             raise ValueError("port and ops_port must differ")
+        if (self.drift_webhook_url is None) != (self.drift_webhook_secret is None):
+            raise ValueError("drift_webhook_url and drift_webhook_secret belong together: set both or none")
+        if self.drift_webhook_url is not None and not _is_web_url(self.drift_webhook_url.get_secret_value()):
+            raise ValueError("drift_webhook_url must be an http:// or https:// URL with a host")
         return self
 
     @property
@@ -180,6 +200,11 @@ def load_settings(overrides: Mapping[str, Any] | None = None, environ: Mapping[s
         return Settings(**(overrides or {}))
     except ValidationError as error:
         raise SettingsError("\n".join(_complaints(error))) from None
+
+
+def _is_web_url(text: str) -> bool:
+    url = urlsplit(text)
+    return url.scheme in ("http", "https") and bool(url.hostname)
 
 
 def _complaints(error: ValidationError) -> list[str]:

@@ -81,6 +81,7 @@ def _tuning_pool(
         observer=observer,
         max_lora_rank=settings.max_lora_rank,
         save_every_seconds=settings.resume_point_seconds,
+        drift_run_length=settings.drift_run_length if settings.drift else None,
     )
     gates = training_gates(settings, engine, observer)
     name = f"{socket.gethostname()}-{os.getpid()}"

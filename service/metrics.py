@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from service.drift_metrics import DriftMetrics
 from service.engine.sequence import SequenceReport
 from service.job import JobStatus
 from service.tenant_labels import TenantLabels
@@ -68,6 +69,7 @@ class Metrics:
         self._tenant_labels = TenantLabels(
             max_tenant_labels, on_removed=self._remove_label, on_overflow=self._tenant_label_overflow.inc
         )
+        self.drift = DriftMetrics(self.registry, self._tenant_labels.shown)
 
     # The API reports requests; what the sequences of a request did comes from the engine, below.
 

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from adapters.errors import BaseMismatchError
+from service import drift_rows
 from service.aliases import Aliases, MoveKind, active_model, check_alias_name, move_alias, names_pointing_at
 from service.database import Database, lock_tenant
 from service.errors import ConflictError, InvalidRequestError
@@ -112,6 +113,7 @@ class Registry:
                 raise model_not_found(model)
             _refuse_if_used(connection, version)
             connection.execute(adapter_versions.delete().where(adapter_versions.c.id == version.id))
+            drift_rows.delete_unless_published(connection, tenant_id, version.digest)
             others = sa.select(adapter_versions.c.id).where(adapter_versions.c.digest == version.digest)
             return None if connection.execute(others).first() else version.digest
 

@@ -1,7 +1,11 @@
-"""Trains a published adapter again from what is kept with it, and compares digests. Knows no HTTP and no command line.
+"""Trains a published adapter again from what is kept with it, and compares. Knows no HTTP and no command line.
 
 The job's own code runs on a database and a store of its own, in a directory that is thrown away: nothing is written
-where the service keeps its things, so the service may run meanwhile. On one machine's CPU the digest is the same.
+where the service keeps its things, so the service may run meanwhile.
+
+What is compared is what was learned: the SHA-256 of the config and of the weights, which the adapter's digest vouches
+for (it is that of the list of the files' SHA-256). On one machine's CPU they are the same. A drift reference is not
+made again: it says how prompts look to the base, and takes an engine. An adapter without one has the same digest, too.
 """
 
 from __future__ import annotations
@@ -11,14 +15,15 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import sqlalchemy as sa
 import torch
 
-from adapters.store import MANIFEST, AdapterStore
+from adapters.errors import AdapterNotFoundError
+from adapters.store import MANIFEST, REQUIRED_FILES, AdapterStore
 from service.database import Database, connect
 from service.engine.base_model import BaseModel
 from service.engine.errors import EngineDeadError
@@ -45,12 +50,17 @@ class ReproductionError(ServiceError):
 
 @dataclass(frozen=True)
 class Reproduction:
-    """How it went. `digest` is what the new run published; `differences` what was not as it was then."""
+    """How it went. `digest` is what the new run published; `differences` what was not as it was then.
+
+    `same`: what was learned is, byte for byte; `learned` is its files' SHA-256. `digest` is another than `expected`
+    even then where the adapter has a drift reference besides.
+    """
 
     expected: str
     digest: str | None
     same: bool
     differences: tuple[str, ...]
+    learned: Mapping[str, str] = field(default_factory=dict)
 
 
 def find_version_anywhere(database: Database, model: str) -> AdapterVersion:
@@ -156,8 +166,17 @@ class Reproducer:
                 raise ReproductionError(f"training failed: {job.error.message if job.error else job.state}")
             digest = _digest_of(database, job.fine_tuned_model)
             differences += _resolved_differences(self._note["resolved"], job.resolved)
-        same = self._version.digest in made
-        return Reproduction(self._version.digest, self._version.digest if same else digest, same, tuple(differences))
+            found = self._same_among(made, store)
+            learned = {} if found is None else _learned(store, found)
+        return Reproduction(self._version.digest, found or digest, found is not None, tuple(differences), learned)
+
+    def _same_among(self, made: set[str], store: AdapterStore) -> str | None:
+        """The adapter that is the expected one, or that learned the same; the store may have lost the expected one."""
+        expected = self._version.digest
+        if expected in made:
+            return expected
+        learned = _learned(self._store, expected)
+        return next((digest for digest in sorted(made) if learned and _learned(store, digest) == learned), None)
 
     @property
     def _spec(self) -> JobSpec:
@@ -244,6 +263,15 @@ def _resolved_differences(then: Mapping[str, Any] | None, now: Mapping[str, Any]
         for name in {**then, **now}
         if then.get(name) != now.get(name)
     ]
+
+
+def _learned(store: AdapterStore, digest: str) -> dict[str, str]:
+    """SHA-256 of the files that training made, by name; empty for an adapter that the store no longer has."""
+    try:
+        files = store.manifest(digest)
+    except AdapterNotFoundError:
+        return {}
+    return {name: files[name]["sha256"] for name in sorted(REQUIRED_FILES)}
 
 
 def _digest_of(database: Database, model: str | None) -> str | None:

@@ -285,6 +285,70 @@ gate_policies = Table(
 )
 """What each tenant's candidates must show; a tenant without a row has the default policy."""
 
+drift_streams = Table(
+    "drift_streams",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    _tenant_column(),
+    Column("digest", String(64), nullable=False),
+    Column("model", String(512), nullable=False),
+    Column("basis", String(128), nullable=False),
+    Column("reference_basis", String(128)),
+    Column("salt", sa.LargeBinary, nullable=False),
+    Column("sampling", sa.LargeBinary),
+    Column("input_state", sa.LargeBinary),
+    Column("output_state", sa.LargeBinary),
+    Column("samples", sa.BigInteger, nullable=False, default=0),
+    Column("created_at", Float(53), nullable=False),
+    Column("seen_at", Float(53), nullable=False, index=True),
+    sa.UniqueConstraint("tenant_id", "digest"),
+    sqlite_autoincrement=True,
+)
+"""One adapter's traffic as its monitors stand: numbers and salted hashes, no text.
+
+`basis` is the base's when it last ran, `reference_basis` that of the adapter's reference, if it has one.
+"""
+
+drift_states = Table(
+    "drift_states",
+    metadata,
+    Column("stream", ForeignKey("drift_streams.seq", ondelete="CASCADE"), primary_key=True),
+    Column("signal", String(32), primary_key=True),
+    Column("state", String(24), nullable=False),
+    Column("statistic", Float(53)),
+    Column("threshold", Float(53)),
+    Column("samples", sa.BigInteger, nullable=False),
+    Column("since", Float(53), nullable=False),
+    Column("num_calm", Integer, nullable=False),
+    Column("acknowledged_at", Float(53)),
+    Column("acknowledged_by", String(32)),
+    Column("acknowledged_note", Text),
+)
+
+drift_events = Table(
+    "drift_events",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    _tenant_column(),
+    Column("model", String(512), nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("signal", String(32), nullable=False),
+    Column("state", String(24), nullable=False),
+    Column("previous", String(24), nullable=False),
+    Column("statistic", Float(53)),
+    Column("threshold", Float(53)),
+    Column("samples", sa.BigInteger, nullable=False),
+    Column("at", Float(53), nullable=False),
+    Column("by", String(32)),
+    Column("note", Text),
+    Index("drift_events_by_tenant", "tenant_id", "seq"),
+    Index("drift_events_by_digest", "tenant_id", "digest", "seq"),
+    sqlite_autoincrement=True,
+)
+"""Append-only; `by` is of an acknowledgement."""
+
 
 class epoch_now(FunctionElement[float]):
     """Unix seconds by the database's clock, read when the statement runs (not when its transaction began)."""

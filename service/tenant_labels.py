@@ -32,12 +32,21 @@ class TenantLabels:
         with self._lock:
             yield self._choose(tenant_id)
 
+    def shown(self, tenant_id: str) -> str:
+        """The label of a gauge, which counts nothing: the tenant's own if it has one or there is room."""
+        with self._lock:
+            if tenant_id in self._forgotten:
+                return OTHER
+            if tenant_id not in self._named and len(self._named) < self._capacity:
+                self._named[tenant_id] = 0
+            return tenant_id if tenant_id in self._named else OTHER
+
     def forget(self, tenant_id: str) -> None:
         """The tenant is gone: its label is free, and it never gets one again."""
         with self._lock:
             self._forgotten.add(tenant_id)
             self._others.pop(tenant_id, None)
-            if self._named.pop(tenant_id, 0):
+            if self._named.pop(tenant_id, None) is not None:
                 self._on_removed(tenant_id)
 
     def _choose(self, tenant_id: str) -> str:

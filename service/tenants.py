@@ -90,10 +90,10 @@ class Tenants:
 
     def authenticate(self, api_key: str) -> Tenant | None:
         """Whose key this is; None for a key that is not ours."""
-        key_id = _key_id(api_key)
-        if key_id is None:
+        found = key_id(api_key)
+        if found is None:
             return None
-        query = sa.select(tenants, api_keys.c.digest).join(api_keys).where(api_keys.c.id == key_id)
+        query = sa.select(tenants, api_keys.c.digest).join(api_keys).where(api_keys.c.id == found)
         with self._database.read() as connection:
             row = connection.execute(query).one_or_none()
         if row is None or not hmac.compare_digest(row.digest, _digest(api_key)):
@@ -109,7 +109,8 @@ def _issue_key(connection: Connection, tenant_id: str) -> str:
     return api_key
 
 
-def _key_id(api_key: str) -> str | None:
+def key_id(api_key: str) -> str | None:
+    """The part of a key that is no secret; None for what is no key."""
     parts = api_key.split("-", 2)
     return parts[1] if len(parts) == 3 and parts[0] == "rs" and parts[1].isascii() else None
 

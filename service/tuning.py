@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
+from adapters.drift.reference import write_reference
 from adapters.errors import AdapterError, StoreError
 from adapters.host_memory import give_back
 from adapters.lora_weights import LoraWeights
@@ -30,6 +31,7 @@ from adapters.store import AdapterStore
 from adapters.trainable import TrainableLora
 from adapters.trainer import Trainer
 from service.background_generation import Submitting
+from service.drift_reference import MadeReference, TuningReference
 from service.engine.base_model import BaseModel
 from service.engine.errors import EngineError
 from service.errors import ServiceError
@@ -87,6 +89,8 @@ class TuningServices:
     """Between two resume points; what a crash can cost."""
     shared: SharedForward | None = None
     """Of all jobs that train at once; None: each forwards for itself."""
+    drift_run_length: float | None = None
+    """What drift references promise; None: adapters are published without one."""
 
 
 class TuningRun:
@@ -133,11 +137,12 @@ class TuningRun:
         run = self._estimate(trainer)
         self._train(trainer, run)
         compared = self._compare(run)
-        digest = self._publish(trainer.best_weights())
+        made = TuningReference(self._services, self._claim, self._check, self._say).make(files, data)
+        digest = self._publish(trainer.best_weights(), made)
         evaluated = TuningEvaluation(self._services, self._claim, self._check, self._say).run(
             trainer, files, data, digest
         )
-        self._succeed(trainer, digest, evaluated, compared)
+        self._succeed(trainer, digest, evaluated, compared, made)
 
     # -- the phases -------------------------------------------------------------------------------------------
 
@@ -266,14 +271,23 @@ class TuningRun:
         self._say(comparison_message(compared), data=compared)
         return compared
 
-    def _publish(self, weights: LoraWeights) -> str:
+    def _publish(self, weights: LoraWeights, made: MadeReference | None = None) -> str:
         """The adapter's digest; its files are durable in the store, but no name points at them yet."""
         base = self._services.base
         with tempfile.TemporaryDirectory(prefix="rootstock-adapter-") as directory:
             write_adapter(Path(directory), weights, base_name=base.name, base=base.signature)
+            if made is not None:
+                write_reference(Path(directory), made.reference)
             return self._services.store.publish(Path(directory))
 
-    def _succeed(self, trainer: Trainer, digest: str, evaluated: Evaluated, compared: Mapping[str, Any]) -> None:
+    def _succeed(
+        self,
+        trainer: Trainer,
+        digest: str,
+        evaluated: Evaluated,
+        compared: Mapping[str, Any],
+        made: MadeReference | None,
+    ) -> None:
         services = self._services
         contents = {"step_metrics.csv": step_metrics_csv(trainer)}
         if evaluated.report is not None:
@@ -287,6 +301,7 @@ class TuningRun:
             "best_step": trainer.best_step,
             "evaluation": evaluated.as_dict(),
             "estimate": dict(compared),
+            "drift_reference": None if made is None else made.as_dict(),
         }
         try:
             services.queue.succeed(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ class FakeBase:
 
     name: str = "tiny"
     fingerprint: str = "fingerprint-of-tiny"
+    quantization: str = "none"
     max_model_len: int = 256
     vocab_size: int = 0x110000
     eos_token_ids: frozenset[int] = frozenset({0})
@@ -106,8 +107,18 @@ class FakeEngine:
             async for chunk in chunks:
                 if chunk.finish_reason is FinishReason.ERROR:
                     raise EmbeddingFailedError(f"The embedding could not be computed: {chunk.error}.")
-        vector = np.resize(np.array(request.prompt_token_ids, dtype=np.float32), self.embedding_size)
-        return vector / np.linalg.norm(vector)
+        assert chunk.embedding is not None
+        return chunk.embedding
+
+    def submit(self, request: GenerationRequest, on_chunk: Callable[[OutputChunk], None]) -> None:
+        """Pooling requests only: answered at once, in the caller's thread."""
+        if self.refusal is not None:
+            raise self.refusal
+        self.requests.append(request)
+        on_chunk(self._chunk(request, "", 0, FinishReason.STOP))
+
+    def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[OutputChunk, None]:
         if self.refusal is not None:
@@ -206,7 +217,17 @@ class FakeEngine:
             num_output_tokens=num_output_tokens,
             error=error,
             num_cached_tokens=self.cached.get(request.request_id.rsplit("-", 1)[-1], 0),
+            **({} if finish_reason is None or error else self._measured(request)),
         )
+
+    def _measured(self, request: GenerationRequest) -> dict[str, Any]:
+        """What a last chunk carries besides, where it was asked for."""
+        if not request.pooling:
+            return {"answer_nll": 0.5, "answer_entropy": 1.5} if request.measure else {}
+        assert self.embedding_size is not None
+        vector = np.resize(np.array(request.prompt_token_ids, dtype=np.float32), self.embedding_size)
+        nll = 2.0 if request.measure and len(request.prompt_token_ids) > 1 else None
+        return {"embedding": vector / np.linalg.norm(vector), "prompt_nll": nll}
 
 
 def _logprob(text: str, num_top: int) -> TokenLogprob:

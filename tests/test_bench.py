@@ -38,6 +38,7 @@ def test_a_run_holds_every_variant_and_every_ratio(found: dict[str, Any]) -> Non
     measured = {entry["name"]: entry for entry in entries}
     assert [name for name, entry in measured.items() if entry["ratio"] is None] == [
         "base.decode",
+        "measured.decode",
         "idle.decode",
         "one.decode",
         "8 distinct.decode",
@@ -45,6 +46,7 @@ def test_a_run_holds_every_variant_and_every_ratio(found: dict[str, Any]) -> Non
     ]
     assert [name for name, entry in measured.items() if entry["ratio"]] == [
         "idle ÷ base",
+        "measured ÷ base",
         "one ÷ base",
         "8 distinct ÷ base",
         "32 distinct ÷ base",

@@ -22,6 +22,9 @@ EXPORTED_BY_THE_ENGINE = {
     "rootstock_adapters_resident",
     "rootstock_adapter_slots",
     "rootstock_lease_age_seconds_max",
+    "rootstock_drift_statistic_ratio",
+    "rootstock_drift_state",
+    "rootstock_drift_samples",
 }
 
 

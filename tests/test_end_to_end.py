@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 from openai.types.fine_tuning import FineTuningJob
 from prometheus_client.parser import text_string_to_metric_families
 
+from adapters.drift.reference import read_reference
 from tests.running_service import Running, rootstock_serve
 
 pytestmark = pytest.mark.slow
@@ -92,6 +95,38 @@ def test_an_adapter_is_trained_while_chat_flows_and_the_next_request_uses_it(
             ask(stranger, str(job.fine_tuned_model))
         assert metric(running, "rootstock_adapters_resident") >= 1
         assert metric(running, "rootstock_time_to_first_token_seconds_count") > len(COLOURS)
+
+
+@pytest.mark.parametrize("engine_process", [True, False])
+def test_a_job_leaves_a_drift_reference_and_an_export_without_it(
+    engine_process: bool, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROOTSTOCK_ENGINE_PROCESS", str(engine_process))
+    lines = [
+        {"messages": [{"role": "user", "content": f"Tree {i}?"}, {"role": "assistant", "content": "A medlar."}]}
+        for i in range(100)
+    ]
+    hyperparameters = {"n_epochs": 1, "batch_size": 16, "learning_rate": 5e-3, "lora_r": 4}
+    method: Any = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+    with rootstock_serve(tiny_llama_dir, tmp_path, drift_run_length=500) as running, running.client() as client:
+        (base,) = (model.id for model in client.models.list())
+        content = "\n".join(map(json.dumps, lines)).encode()
+        file = client.files.create(file=("trees.jsonl", content), purpose="fine-tune")
+        job = client.fine_tuning.jobs.create(model=base, training_file=file.id, method=method)
+        job = await_job(client, job.id, lambda j: j.status == "succeeded", lambda: time.sleep(0.1))
+        assert any(m.startswith("Drift reference made of 90 training prompts in ") for m in messages(client, job.id))
+        adapter = f"{running.url}/v1/adapters/{job.fine_tuned_model}"
+        headers = {"authorization": f"Bearer {client.api_key}"}
+        card = httpx.get(f"{adapter}/card", headers=headers).raise_for_status().json()
+        assert card["measurement"]["drift_reference"]["num_prompts"] == 90
+        assert {"drift.json", "drift.safetensors"} < card["verification"]["files"].keys()
+        (directory,) = (path.parent for path in tmp_path.rglob("drift.json"))
+        assert directory.name == card["digest"]
+        assert read_reference(directory) is not None
+        exported = httpx.get(f"{adapter}/export", headers=headers).raise_for_status().content
+        names = zipfile.ZipFile(io.BytesIO(exported)).namelist()
+        assert sorted(names) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+        assert ask(client, str(job.fine_tuned_model)).model == job.fine_tuned_model
 
 
 def test_after_kill_9_nothing_acknowledged_is_lost_and_the_job_goes_on_from_its_last_state(

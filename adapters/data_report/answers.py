@@ -9,9 +9,8 @@ from adapters.data_report.hits import Hits, Limits
 from adapters.data_report.outputs import MAX_LABEL_CHARACTERS
 from adapters.data_report.redaction import Redactor
 from adapters.data_report.row import Row
+from adapters.refusals import find_refusal
 
-REFUSAL_WINDOW = 240
-"""A refusal stands at the beginning; further on somebody is quoted."""
 USUAL_SHARE = 0.01
 
 _PLACEHOLDERS = frozenset(
@@ -19,26 +18,6 @@ _PLACEHOLDERS = frozenset(
     "|no answer|no response|not available|to be done|lorem ipsum".split("|")
 )
 _DASHES = re.compile(r"[-_.?\u2013\u2014\u2026\s]+\Z")
-_CURLY = str.maketrans("\u2019\u2018", "''")
-
-_REFUSAL = re.compile(
-    r"""
-    \bas\ an?\ (?:ai|artificial\ intelligence|large\ language|language|virtual)\b [^.!?]{0,80} \bI\b
-    | \bI(?:'m|\ am)\ (?:just\ |only\ )?an?\ (?:ai|artificial\ intelligence|large\ language|language\ model)\b
-    | \bI(?:'m|\ am)?\ (?:cannot|can't|can\ not|unable\ to|not\ able\ to|won't\ be\ able\ to|not\ allowed\ to)
-      (?:\ \w+)?\ (?:help|assist|fulfil+|comply|provide|answer|discuss|create|generate|write|share|engage|support|do)\b
-      [^.!?]{0,40} \b(?:with|that|this|such|your|request|it|to)\b
-    | \bI\ (?:must|have\ to)\ (?:respectfully\ )?decline\b
-    | \bI\ won't\ (?:help|assist|do\ that|comply)\b
-    | \bals\ (?:KI|Sprachmodell|künstliche\ Intelligenz)\b
-    | \bich\ kann\ (?:dir|ihnen|dabei|damit)\ (?:\w+\ )?nicht\ helfen\b
-    | \ben\ tant\ qu'(?:IA|intelligence\ artificielle|assistant)\b
-    | \bje\ ne\ peux\ pas\ (?:vous\ |t')aider\b
-    | \bcomo\ (?:una?\ )?(?:IA|inteligencia\ artificial|modelo\ de\ lenguaje)\b
-    | \bno\ puedo\ ayudar(?:te|le)?\b
-    """,
-    re.IGNORECASE | re.VERBOSE,
-)
 
 
 class AnswerCheck:
@@ -55,7 +34,7 @@ class AnswerCheck:
                 self._placeholders.setdefault(answer.strip(), Hits(self._max_lines)).add(row.line)
                 return
         for answer in row.answers:
-            match = _REFUSAL.search(answer[:REFUSAL_WINDOW].translate(_CURLY))
+            match = find_refusal(answer)
             if match is not None:
                 self._refusals.add(row.line)
                 if self._refusals.wants_excerpt:

@@ -45,6 +45,8 @@ def delete_tenant(tenant_id: str, _: AdminDep, services: ServicesDep) -> dict[st
     services.files.discard(removed.storage_keys)
     for digest in removed.digests:
         retire(services, digest)
+    if services.drift is not None:
+        services.drift.forget_deleted(tenant_id)
     services.metrics.forget_tenant(tenant_id)
     return {"id": tenant_id, "object": "tenant", "deleted": True}
 

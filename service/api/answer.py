@@ -21,6 +21,7 @@ from service.api.generation import Generation, unless_disconnected
 from service.api.schemas import GenerationParams
 from service.api.services import Services
 from service.api.sse import DONE, EventStream, event
+from service.drift_intake import Turn
 from service.engine.errors import EngineError
 from service.engine.grammar import AnyGrammar
 from service.engine.sequence import FinishReason, GenerationRequest, OutputChunk, SamplingParams, TokenLogprob
@@ -110,6 +111,8 @@ class Ask:
     max_tokens: int | None
     logprobs: int | None
     grammar: AnyGrammar | None = None
+    turn: Turn | None = None
+    """What the watch for drift has to know of a conversation's first turn; None for a later one."""
 
     @property
     def model(self) -> ResolvedModel:
@@ -128,8 +131,11 @@ class Ask:
                     code="context_length_exceeded",
                 )
 
-    def requests(self, max_seconds: float | None) -> list[GenerationRequest]:
-        """One engine request per choice; those of the first prompt first. `max_seconds` is the service's own limit."""
+    def requests(self, max_seconds: float | None, *, measure: bool) -> list[GenerationRequest]:
+        """One engine request per choice; those of the first prompt first. `max_seconds` is the service's own limit.
+
+        With `measure` the first one's answer is measured.
+        """
         num_choices = self.params.num_choices
         limits = [limit for limit in (self.params.timeout, max_seconds) if limit is not None]
         return [
@@ -141,6 +147,7 @@ class Ask:
                 adapter=self.model.digest,
                 priority=self.params.priority or 0,
                 timeout_seconds=min(limits, default=None),
+                measure=measure and index == 0,
             )
             for index in range(len(self.prompts) * num_choices)
         ]
@@ -171,9 +178,10 @@ async def answer(request: Request, services: Services, ask: Ask, shape: AnswerSh
     Sets `request.state.outcome` for the metrics where the status alone does not tell.
     """
     origin = Origin(ask.operation, request.state.trace_id)
-    requests = ask.requests(services.settings.request_timeout_seconds)
+    tap = services.drift.tap(ask.tenant.id, ask.model, ask.turn, ask.prompts[0]) if services.drift else None
+    requests = ask.requests(services.settings.request_timeout_seconds, measure=tap is not None)
     generation = Generation(services.engine, services.metrics, requests, origin)
-    watch = AnswerWatch(services.rollout, ask.head.id, ask.tenant.id, ask.route, requests)
+    watch = AnswerWatch(services.rollout, ask.head.id, ask.tenant.id, ask.route, requests, tap)
     headers = watch.headers
     if ask.model.digest is not None:
         headers["x-rootstock-adapter"] = ask.model.digest

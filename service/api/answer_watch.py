@@ -1,6 +1,6 @@
 """What one answer tells of its model: its record, and what an experiment measures of it. Knows nothing of its JSON.
 
-Everything here runs on the event loop and only appends to `service.traffic_log`.
+Everything here runs on the event loop and only appends to `service.traffic_log` and to the queue of `service.drift`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 
 from adapters.errors import AdapterError
+from service.drift_intake import DriftTap
 from service.engine.sequence import FinishReason, GenerationRequest, OutputChunk
 from service.errors import ClientDisconnectedError, DeadlineExceededError, GenerationFailedError
 from service.experiment import Arm, Measure
@@ -20,11 +21,18 @@ from service.traffic_log import CompletionRecord
 
 
 class AnswerWatch:
-    """Of one request. `is_watching`: whether its chunks are wanted, which is only while an experiment runs."""
+    """Of one request. `is_watching`: whether its chunks are wanted: by an experiment, or by the watch for drift."""
 
     def __init__(
-        self, rollout: Rollout, completion_id: str, tenant_id: str, route: Route, requests: Sequence[GenerationRequest]
+        self,
+        rollout: Rollout,
+        completion_id: str,
+        tenant_id: str,
+        route: Route,
+        requests: Sequence[GenerationRequest],
+        tap: DriftTap | None = None,
     ) -> None:
+        """`tap` is the watch for drift's; it hears of the first choice."""
         self._rollout = rollout
         self._id = completion_id
         self._tenant_id = tenant_id
@@ -32,7 +40,8 @@ class AnswerWatch:
         self._original = requests[0]
         shadow = route.shadow
         self._shadow = shadow if shadow is not None and Shadows.wants(shadow, completion_id) else None
-        self.is_watching = route.trial is not None or self._shadow is not None
+        self._tap = tap
+        self.is_watching = route.trial is not None or self._shadow is not None or tap is not None
         self._start = time.perf_counter()
         self._answered = Answered()
         self._num_tokens = 0
@@ -53,7 +62,10 @@ class AnswerWatch:
 
     def add(self, index: int, chunk: OutputChunk) -> None:
         if index == 0:
-            self._answered.add(chunk)
+            if self._tap is not None:
+                self._tap.add(chunk)
+            if self._shadow is not None:
+                self._answered.add(chunk)
         if chunk.finish_reason is not None:
             self._num_tokens += chunk.num_output_tokens
             self._num_cut += chunk.finish_reason is FinishReason.LENGTH
@@ -64,6 +76,8 @@ class AnswerWatch:
             return
         self._ended = True
         self._answered.seconds = time.perf_counter() - self._start
+        if self._tap is not None:
+            self._tap.finished()
         if (trial := self._route.trial) is not None:
             self._count(
                 {

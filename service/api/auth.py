@@ -10,7 +10,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from service.api.services import ServicesDep
 from service.errors import AuthenticationError, PermissionDeniedError
-from service.tenants import Tenant
+from service.tenants import Tenant, key_id
 
 _bearer = HTTPBearer(auto_error=False, description="A tenant's API key, or the admin key for /v1/admin.")
 _Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
@@ -36,6 +36,10 @@ def _admin(services: ServicesDep, credentials: _Credentials) -> None:
     raise AuthenticationError("Incorrect admin key provided.")
 
 
+def _key_id(credentials: _Credentials, _: TenantDep) -> str:
+    return key_id(_key(credentials)) or ""
+
+
 def _key(credentials: HTTPAuthorizationCredentials | None) -> str:
     if credentials is None or not credentials.credentials:
         raise AuthenticationError("You did not provide an API key: send 'Authorization: Bearer KEY'.")
@@ -49,6 +53,9 @@ def _is_admin(key: str, services: ServicesDep) -> bool:
 
 TenantDep = Annotated[Tenant, Depends(_tenant)]
 """`def route(tenant: TenantDep)`: the tenant whose key was sent; 401 without one."""
+
+KeyIdDep = Annotated[str, Depends(_key_id)]
+"""The id of the tenant's key that was sent: who did something, for the record. It opens nothing."""
 
 AdminDep = Annotated[None, Depends(_admin)]
 """`dependencies=[Depends(...)]` or a parameter: only the admin key passes."""

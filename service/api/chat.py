@@ -20,6 +20,7 @@ from service.api.sse import to_json
 from service.api.structured import format_source
 from service.api.tool_grammar import tool_grammar
 from service.api.tool_parser import CallSyntax, ToolCallParser, read_whole, wire_delta
+from service.drift_intake import Turn
 from service.engine.sequence import FinishReason, OutputChunk
 from service.tenants import Tenant
 
@@ -30,13 +31,16 @@ router = APIRouter(tags=["chat"])
 async def create_chat_completion(
     body: ChatRequest, request: Request, tenant: TenantDep, services: ServicesDep
 ) -> Response:
-    ask = await run_in_threadpool(_understand, body, end_user(request, body), tenant, services)
+    who = end_user(request, body)
+    ask = await run_in_threadpool(_understand, body, who, tenant, services)
     calls: CallSyntax | None = None
     if body.may_call:
         grammar, calls = await tool_grammar(body, services.tool_format, services.grammars)
         ask = replace(ask, grammar=grammar)
     elif source := await run_in_threadpool(format_source, body.response_format, body.structured_outputs):
         ask = replace(ask, grammar=await services.grammars.compile(source))
+    if not any(message.role == "assistant" for message in body.messages):
+        ask = replace(ask, turn=Turn(who.name, expects_json=body.expects_json))
     return await answer(request, services, ask, ChatShape(ask.head, body.include_usage, calls))
 
 

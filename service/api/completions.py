@@ -19,6 +19,7 @@ from service.api.schemas import CompletionRequest
 from service.api.services import Services, ServicesDep
 from service.api.sse import to_json
 from service.api.structured import format_source
+from service.drift_intake import Turn
 from service.engine.grammar_source import GrammarSource
 from service.engine.sequence import OutputChunk
 from service.errors import InvalidRequestError
@@ -37,7 +38,9 @@ router = APIRouter(tags=["completions"])
 async def create_completion(
     body: CompletionRequest, request: Request, tenant: TenantDep, services: ServicesDep
 ) -> Response:
-    ask, source = await run_in_threadpool(_understand, body, end_user(request, body), tenant, services)
+    who = end_user(request, body)
+    ask, source = await run_in_threadpool(_understand, body, who, tenant, services)
+    ask = replace(ask, turn=Turn(who.name, expects_json=body.expects_json))
     if source is not None:
         ask = replace(ask, grammar=await services.grammars.compile(source))
     return await answer(request, services, ask, CompletionShape(ask.head, body.include_usage))

@@ -1,9 +1,10 @@
-"""Whose request this is, for a canary's split: somebody who should always land on the same side. Knows no split."""
+"""Whose request this is: for a canary's split, somebody who should always land on the same side. Knows no split."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from fastapi import Request
 
@@ -15,7 +16,18 @@ SESSION_HEADER = "x-rootstock-session"
 MAX_SESSION_LENGTH = 256
 
 
-def end_user(request: Request, body: ChatRequest | CompletionRequest) -> Callable[[], str]:
+@dataclass(frozen=True)
+class EndUser:
+    """Called, it tells who asks; `name` is None for somebody who was not named."""
+
+    name: str | None
+    body: ChatRequest | CompletionRequest
+
+    def __call__(self) -> str:
+        return self.name or f"first_turn:{_digest(_first_turn(self.body))}"
+
+
+def end_user(request: Request, body: ChatRequest | CompletionRequest) -> EndUser:
     """In this order: `user`, `safety_identifier`, the session header, the first turn of the conversation.
 
     The last is the same in every later turn, so a conversation stays on its side. Raises InvalidRequestError.
@@ -28,8 +40,8 @@ def end_user(request: Request, body: ChatRequest | CompletionRequest) -> Callabl
     identifier = body.safety_identifier if isinstance(body, ChatRequest) else None
     for kind, name in (("user", body.user), ("safety_identifier", identifier), ("session", session)):
         if name:
-            return lambda: f"{kind}:{name}"
-    return lambda: f"first_turn:{_digest(_first_turn(body))}"
+            return EndUser(f"{kind}:{name}", body)
+    return EndUser(None, body)
 
 
 def _first_turn(body: ChatRequest | CompletionRequest) -> object:

@@ -34,6 +34,7 @@ OPERATIONS = {
     "/v1/models": "models",
     "/v1/aliases": "aliases",
     "/v1/feedback": "feedback",
+    "/v1/drift": "drift",
     "/v1/admin/": "admin",
 }
 """Prefix of the path -> the metric label `operation`; anything else is `other`."""

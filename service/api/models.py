@@ -32,6 +32,8 @@ def get_model(model: str, tenant: TenantDep, services: ServicesDep) -> dict[str,
 @router.delete("/v1/models/{model:path}")
 def delete_model(model: str, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
     digest = services.registry.delete_model(tenant.id, model)
+    if services.drift is not None:
+        services.drift.forget_deleted(tenant.id)
     if digest is not None:
         retire(services, digest)
     return {"id": model, "object": "model", "deleted": True}

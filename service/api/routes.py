@@ -13,6 +13,7 @@ from service.api import (
     canaries,
     chat,
     completions,
+    drift,
     embeddings,
     feedback,
     files,
@@ -38,6 +39,7 @@ ROUTERS: Sequence[APIRouter] = tuple(
         canaries,
         gate_policy,
         feedback,
+        drift,
         settings,
         admin,
     )

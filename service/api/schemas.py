@@ -109,6 +109,13 @@ class GenerationParams(WireModel):
         return self.n or 1
 
     @property
+    def expects_json(self) -> bool:
+        """Whether the request itself says that the answer is JSON."""
+        if self.structured_outputs is not None:
+            return self.structured_outputs.is_json
+        return self.response_format is not None and self.response_format.type != "text"
+
+    @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from service.api.tool_format import ToolFormat
     from service.config import Settings
     from service.data_reports import DataReports
+    from service.drift import DriftWatch
     from service.engine.base_description import BaseDescription
     from service.engine.grammar_compiler import GrammarCompiler
     from service.engine.serving_engine import ServingEngine
@@ -46,6 +47,7 @@ class Services:
     store: AdapterStore
     rollout: Rollout
     merges: Merges | None = None
+    drift: DriftWatch | None = None
 
 
 async def _of_request(request: Request) -> Services:

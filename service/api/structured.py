@@ -72,6 +72,10 @@ class StructuredOutputs(WireModel):
             raise ValueError("give exactly one of 'json', 'regex', 'choice', 'grammar' and 'json_object'")
         return self
 
+    @property
+    def is_json(self) -> bool:
+        return self.json_ is not None or bool(self.json_object)
+
 
 def format_source(response_format: ResponseFormat | None, structured: StructuredOutputs | None) -> GrammarSource | None:
     """The grammar that a request asks for, if any. Raises InvalidGrammarError."""

@@ -1,4 +1,4 @@
-"""`rootstock adapters reproduce`: train an adapter again beside a data directory, and compare digests.
+"""`rootstock adapters reproduce`: train an adapter again beside a data directory, and compare what was learned.
 
 The one client command that loads torch. It reads the data directory and writes nothing there, so the service may run
 or be stopped.
@@ -28,7 +28,7 @@ def reproduce(
     training_file: Annotated[Path | None, Copy] = None,
     validation_file: Annotated[Path | None, Copy] = None,
 ) -> None:
-    """Train an adapter again from its noted data, recipe and seed: on a CPU its digest is the same.
+    """Train an adapter again from its noted data, recipe and seed: on a CPU the same weights come out, bit for bit.
 
     Reads the service's data directory (and ROOTSTOCK_DATABASE_URL, ROOTSTOCK_STORAGE_URL) and writes nothing there.
     """
@@ -40,7 +40,11 @@ def reproduce(
         fail(str(error), USAGE)
     result = _run(settings, model, {role: path for role, path in given.items() if path is not None})
     if result.same:
-        console.print(f"same digest: {result.expected}")
+        told = f"same digest: {result.expected}"
+        if result.digest != result.expected:
+            files = ", ".join(f"{name} {sha256}" for name, sha256 in result.learned.items())
+            told = f"same weights: {files}; the digest {result.expected} covers a drift reference besides"
+        console.print(told)
         return
     reasons = "; ".join(result.differences) or "nothing that is noted differs"
     fail(f"another digest: {result.digest} instead of {result.expected} ({reasons})", REFUSED)

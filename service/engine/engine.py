@@ -247,8 +247,7 @@ class Engine(ServingEngine):
             if work.is_prefill:
                 self._machinery.residency.keep(work.sequence)
         for sequence, token in sampled:
-            sequence.output_token_ids.append(token.token_id)
-            sequence.token_times.append(now)
+            sequence.take(token.token_id, now, token.measures)
             if (ending := self._requests.write(sequence, token)) is not None:
                 self._finish(sequence, ending)
         for work in plan.prefills:
@@ -256,12 +255,13 @@ class Engine(ServingEngine):
                 self._finish(work.sequence, self._pooled(work.sequence))
 
     def _pooled(self, sequence: Sequence) -> Ending:
-        total = self._machinery.residency[sequence].hidden_sum
-        assert total is not None, "every chunk of a pooling sequence is summed"
-        vector = embedding(total, sequence.num_prompt_tokens)
+        place, num_tokens = self._machinery.residency[sequence], sequence.num_prompt_tokens
+        assert place.hidden_sum is not None, "every chunk of a pooling sequence is summed"
+        vector = embedding(place.hidden_sum, num_tokens)
         if not np.isfinite(vector).all():
             return Ending(FinishReason.ERROR, "the hidden states are not finite")
-        return Ending(FinishReason.STOP, embedding=vector)
+        nll = None if place.nll_sum is None or num_tokens < 2 else float(place.nll_sum) / (num_tokens - 1)
+        return Ending(FinishReason.STOP, embedding=vector, prompt_nll=nll)
 
     def _fail_step(self, plan: Plan) -> None:
         """Only the step's requests may have suffered. Raises when that is not so."""

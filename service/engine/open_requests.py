@@ -30,6 +30,7 @@ class Ending:
     reason: FinishReason
     error: str | None = None
     embedding: NDArray[np.float32] | None = None
+    prompt_nll: float | None = None
 
 
 class OpenRequests:
@@ -93,7 +94,8 @@ class OpenRequests:
         request_id = sequence.request.request_id
         response = self._submitted[request_id].response
         try:
-            response.finish(ending.reason, ending.error, ending.embedding)
+            measured = sequence.measured(ending.prompt_nll)
+            response.finish(ending.reason, ending.error, ending.embedding, measured)
         except Exception:
             logger.exception("engine.response_failed", extra={"request_id": request_id})
             response.abandon("internal error while writing the answer")

@@ -13,6 +13,8 @@ def checked_max_tokens(request: GenerationRequest, base: BaseDescription, *, can
         raise RequestRejectedError(
             "this base does not show its hidden states", param="model", code="embeddings_unsupported"
         )
+    if request.pooling and request.measure and request.adapter is not None:
+        raise RequestRejectedError("a prompt is measured by the base alone", param="model")
     _check_prompt(request, base)
     if request.pooling:
         return 0

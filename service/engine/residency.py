@@ -22,12 +22,14 @@ _TOKENS_AHEAD = 8
 class Place:
     """Where one running sequence is. `slot` is None for the base.
 
-    `hidden_sum` is [hidden], over the prompt tokens computed so far; only of a sequence that pools.
+    `hidden_sum` is [hidden], over the prompt tokens computed so far; only of a sequence that pools. `nll_sum` is the
+    sum of -log p of those behind the first; only of a probe.
     """
 
     row: Row
     slot: int | None
     hidden_sum: torch.Tensor | None = None
+    nll_sum: torch.Tensor | None = None
 
 
 class Residency:

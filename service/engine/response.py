@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from service.engine.base_description import BaseDescription
 from service.engine.detokenizer import Detokenizer, TokenBytes
 from service.engine.sampler import Sampled
-from service.engine.sequence import FinishReason, GenerationRequest, OutputChunk, TokenLogprob
+from service.engine.sequence import FinishReason, GenerationRequest, Measured, OutputChunk, TokenLogprob
+
+NOTHING_MEASURED = Measured()
 
 
 class Response:
@@ -57,11 +59,15 @@ class Response:
         return None
 
     def finish(
-        self, reason: FinishReason, error: str | None = None, embedding: NDArray[np.float32] | None = None
+        self,
+        reason: FinishReason,
+        error: str | None = None,
+        embedding: NDArray[np.float32] | None = None,
+        measured: Measured = NOTHING_MEASURED,
     ) -> None:
         """Send the last chunk with all that was held back."""
         self._pending_text += self._text.flush()
-        self._send(reason, error, embedding)
+        self._send(reason, error, embedding, measured)
 
     def abandon(self, error: str) -> None:
         """Send a last chunk that says so and nothing else: what was held back may be what went wrong."""
@@ -69,7 +75,11 @@ class Response:
         self._send(FinishReason.ERROR, error)
 
     def _send(
-        self, reason: FinishReason | None, error: str | None = None, embedding: NDArray[np.float32] | None = None
+        self,
+        reason: FinishReason | None,
+        error: str | None = None,
+        embedding: NDArray[np.float32] | None = None,
+        measured: Measured = NOTHING_MEASURED,
     ) -> None:
         wants_logprobs = self._request.sampling.logprobs is not None
         chunk = OutputChunk(
@@ -82,6 +92,9 @@ class Response:
             error=error,
             embedding=embedding,
             num_cached_tokens=self.num_cached_tokens,
+            prompt_nll=measured.prompt_nll,
+            answer_nll=measured.answer_nll,
+            answer_entropy=measured.answer_entropy,
         )
         self._pending_text, self._pending_ids, self._pending_logprobs = "", [], []
         self._on_chunk(chunk)

@@ -8,7 +8,7 @@ import torch
 
 from adapters import jit, lora_cpu
 from adapters.lora import Chunk, Chunks, RowSlots, SlotRouting, routing
-from service.engine import attention_cpu
+from service.engine import attention_cpu, token_measures
 from service.engine.attention import ShapeProbe, attending
 from service.engine.base_model import BaseModel
 from service.engine.frozen_linear import decoding
@@ -16,6 +16,7 @@ from service.engine.kernel_forward import KernelForward
 from service.engine.kv_cache import LayerShape
 from service.engine.plan import Plan, Work
 from service.engine.pooling import add_chunk, watching
+from service.engine.prompt_nll import prompt_nll
 from service.engine.residency import Residency
 from service.engine.sampler import Sampled, Sampler
 from service.engine.sequence import Sequence
@@ -43,9 +44,11 @@ class Runner:
         self._kernels = kernels
         self._residency = residency
         self._sampler = Sampler()
+        self._prompt_nll = prompt_nll(base)
         if base.device.type == "cpu" and base.dtype in jit.DTYPES:
             lora_cpu.compile_kernels(base.dtype)
             attention_cpu.compile_kernels(base.dtype)
+            token_measures.compile_kernels()
 
     def run(self, plan: Plan, seeds: dict[Sequence, int]) -> list[tuple[Sequence, Sampled]]:
         """Compute the plan; returns a token for each sequence whose work samples.
@@ -71,10 +74,17 @@ class Runner:
         for work in prefills:
             stop = start + work.num_tokens
             if work.sequence.needs_all_hidden:
-                place = self._residency[work.sequence]
-                with torch.inference_mode():
-                    place.hidden_sum = add_chunk(place.hidden_sum, hidden[start:stop])
+                self._pool_chunk(work, hidden[start:stop])
             start = stop
+
+    def _pool_chunk(self, work: Work, hidden: torch.Tensor) -> None:
+        sequence, place = work.sequence, self._residency[work.sequence]
+        with torch.inference_mode():
+            place.hidden_sum = add_chunk(place.hidden_sum, hidden)
+            if sequence.request.measure and self._prompt_nll is not None:
+                first = sequence.num_computed + 1
+                next_tokens = list(sequence.request.prompt_token_ids[first : first + work.num_tokens])
+                place.nll_sum = self._prompt_nll.add_chunk(place.nll_sum, hidden, next_tokens)
 
     def _forward(self, prefills: Many[Work], decodes: Many[Work]) -> torch.Tensor:
         """Logits of the last token of every work that samples: [rows, vocabulary]."""

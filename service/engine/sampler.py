@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from service.engine.sequence import SamplingParams, Sequence
+from service.engine.token_measures import token_measures
 
 _COLDEST = 1e-4
 """Below this temperature a float32 softmax is the maximum and nothing else."""
@@ -21,17 +22,19 @@ _COLDEST = 1e-4
 
 @dataclass(frozen=True)
 class Sampled:
-    """One row's choice. `top` holds (token id, log-probability) of the likeliest tokens, if asked for."""
+    """One row's choice. `top` holds (token id, log-probability) of the likeliest tokens, `measures` what
+    `token_measures` gives; each if asked for."""
 
     token_id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    measures: tuple[float, float] | None = None
 
 
 class Sampler:
     """Penalties, bias and grammar, then temperature, top-k, top-p and min-p.
 
-    Log-probabilities are those of the model, before all that.
+    Log-probabilities and measures are those of the model, before all that.
     """
 
     def sample(self, logits: torch.Tensor, sequences: Rows[Sequence], seeds: Rows[int]) -> list[Sampled]:
@@ -46,21 +49,40 @@ class Sampler:
         if warm:
             numbers = [_uniform(seeds[row], len(sequences[row].output_token_ids)) for row in warm]
             chosen[warm] = _draw(logits[warm], [params[row] for row in warm], numbers)
-        return _with_logprobs(raw, chosen, params)
+        return _described(raw, chosen, params, _measures(raw, chosen, sequences))
 
 
-def _with_logprobs(logits: torch.Tensor, chosen: torch.Tensor, params: list[SamplingParams]) -> list[Sampled]:
+def _described(
+    logits: torch.Tensor,
+    chosen: torch.Tensor,
+    params: list[SamplingParams],
+    measures: Rows[tuple[float, float] | None],
+) -> list[Sampled]:
     """Nothing here waits for the device once per row: rows that report equally many alternatives go together."""
     tokens: list[int] = chosen.tolist()
-    sampled = [Sampled(token) for token in tokens]
+    sampled = [Sampled(token, measures=measured) for token, measured in zip(tokens, measures, strict=True)]
     for count in {p.logprobs for p in params if p.logprobs is not None}:
         rows = [row for row, p in enumerate(params) if p.logprobs == count]
         logprobs = torch.log_softmax(logits[rows], dim=-1)
         values, ids = logprobs.topk(min(count, logprobs.shape[-1]))
         own = logprobs.gather(1, chosen[rows, None]).squeeze(1)
         for row, logprob, *top in zip(rows, own.tolist(), ids.tolist(), values.tolist(), strict=True):
-            sampled[row] = Sampled(tokens[row], logprob, tuple(zip(*top, strict=True)))
+            sampled[row] = Sampled(tokens[row], logprob, tuple(zip(*top, strict=True)), measures[row])
     return sampled
+
+
+def _measures(
+    logits: torch.Tensor, chosen: torch.Tensor, sequences: Rows[Sequence]
+) -> Rows[tuple[float, float] | None]:
+    """Of the rows that ask for them."""
+    rows = [row for row, sequence in enumerate(sequences) if sequence.request.measure]
+    if len(rows) == len(sequences):
+        return token_measures(logits, chosen)
+    found: list[tuple[float, float] | None] = [None] * len(sequences)
+    if rows:
+        for row, measures in zip(rows, token_measures(logits[rows], chosen[rows]), strict=True):
+            found[row] = measures
+    return found
 
 
 def _uniform(seed: int, position: int) -> float:

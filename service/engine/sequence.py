@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from itertools import pairwise
+from math import isfinite
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +68,9 @@ class GenerationRequest:
 
     With `pooling` nothing is generated: the prompt is only computed, and the last chunk carries its embedding.
 
+    With `measure` the last chunk also tells how surprising an answer was to the model that gave it (`answer_nll`,
+    `answer_entropy`) or, with `pooling`, the prompt to the base (`prompt_nll`).
+
     After `timeout_seconds` the request ends, waiting or running, with what it has.
     """
 
@@ -78,6 +82,29 @@ class GenerationRequest:
     priority: int = 0
     pooling: bool = False
     timeout_seconds: float | None = None
+    measure: bool = False
+
+    @classmethod
+    def probe(
+        cls, request_id: str, prompt_token_ids: tuple[int, ...], tenant: str, *, priority: int
+    ) -> GenerationRequest:
+        """What the base makes of a prompt: its embedding and its `prompt_nll`."""
+        sampling = SamplingParams()
+        return cls(request_id, prompt_token_ids, sampling, tenant, priority=priority, pooling=True, measure=True)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a sequence, in nats; None: not asked for, or not known.
+
+    `prompt_nll` is the mean of -log p over the prompt's tokens behind the first, p being the base's; the others are
+    means over all sampled tokens (one that ends the answer included), of the model's own distribution: before
+    temperature, penalties, bias and grammar.
+    """
+
+    prompt_nll: float | None = None
+    answer_nll: float | None = None
+    answer_entropy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +123,7 @@ class OutputChunk:
     """What became final since the last chunk. Only the last one carries a `finish_reason`.
 
     `embedding` is [hidden], of length one, in the only chunk of a pooling request; `refusal` says, in the only chunk,
-    that the request was never taken in.
+    that the request was never taken in. The last chunk of a request with `measure` carries what `Measured` says.
     """
 
     text: str
@@ -109,6 +136,9 @@ class OutputChunk:
     embedding: NDArray[np.float32] | None = None
     num_cached_tokens: int = 0
     refusal: EngineError | None = None
+    prompt_nll: float | None = None
+    answer_nll: float | None = None
+    answer_entropy: float | None = None
 
     @classmethod
     def of_refusal(cls, refusal: EngineError) -> OutputChunk:
@@ -133,6 +163,8 @@ class SequenceReport:
     e2e_seconds: float
     inter_token_seconds: tuple[float, ...]
     num_cached_tokens: int | None = None
+    answer_nll: float | None = None
+    answer_entropy: float | None = None
 
 
 class SequenceStatus(Enum):
@@ -167,6 +199,9 @@ class Sequence:
     num_cached_tokens: int | None = None
     first_scheduled: float | None = None
     token_times: list[float] = field(default_factory=list)
+    nll_sum: float = 0.0
+    entropy_sum: float = 0.0
+    """Over `output_token_ids`; a replay after preemption samples nothing, so it adds nothing."""
     num_crashes: int = 0
     matcher: AnyMatcher | None = field(init=False)
 
@@ -204,8 +239,23 @@ class Sequence:
         prompt = self.request.prompt_token_ids
         return prompt[position] if position < len(prompt) else self.output_token_ids[position - len(prompt)]
 
+    def take(self, token_id: int, at: float, measures: tuple[float, float] | None) -> None:
+        """A sampled token, at a time; with -log p and entropy where they are asked for."""
+        self.output_token_ids.append(token_id)
+        self.token_times.append(at)
+        if measures is not None:
+            self.nll_sum += measures[0]
+            self.entropy_sum += measures[1]
+
+    def measured(self, prompt_nll: float | None = None) -> Measured:
+        """`prompt_nll` is known to whoever computed the prompt."""
+        count = len(self.output_token_ids)
+        if not self.request.measure or not count:
+            return Measured(_finite(prompt_nll))
+        return Measured(_finite(prompt_nll), _finite(self.nll_sum / count), _finite(self.entropy_sum / count))
+
     def report(self, reason: FinishReason, now: float) -> SequenceReport:
-        times = self.token_times
+        times, measured = self.token_times, self.measured()
         return SequenceReport(
             request_id=self.request.request_id,
             tenant=self.request.tenant,
@@ -218,4 +268,10 @@ class Sequence:
             e2e_seconds=now - self.arrival,
             inter_token_seconds=tuple(b - a for a, b in pairwise(times)),
             num_cached_tokens=self.num_cached_tokens,
+            answer_nll=measured.answer_nll,
+            answer_entropy=measured.answer_entropy,
         )
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not isfinite(value) else value

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters.corpus import Corpus, build_corpus, render_prompt, split_validation, tokenize
+from adapters.corpus import Corpus, build_corpus, render_opening, render_prompt, split_validation, tokenize
 from adapters.errors import DatasetError
 from adapters.example import ChatExample, CompletionExample, Message
 from tests.adapters.conftest import CHATML, TemplateCodec
@@ -50,6 +50,14 @@ def test_what_precedes_the_answer_is_token_for_token_the_prompt_of_inference(
     served = codec.render_chat([message.as_dict() for message in example.prompt], add_generation_prompt=True)
     assert render_prompt(example, codec) == served
     assert sequence.tokens[: sequence.spans[-1][0]] == served
+
+
+def test_an_opening_is_the_prompt_of_a_conversations_first_request(codec: TemplateCodec) -> None:
+    example = _chat("When?", "Now and then.", "Where?", "Here.", untrained=(1,))
+    first = codec.render_chat([{"role": "user", "content": "When?"}], add_generation_prompt=True)
+    assert render_opening(example, codec) == first != render_prompt(example, codec)
+    completion = CompletionExample(1, "Once upon a time", " there was a medlar")
+    assert render_opening(completion, codec) == codec.tokenizer.encode("Once upon a time")
 
 
 def test_every_weighted_answer_of_a_conversation_is_learned_in_one_sequence(codec: TemplateCodec) -> None:

@@ -178,6 +178,17 @@ def test_a_file_that_could_hold_a_pickle_or_hide_is_refused(
     assert caught.value.check == "files"
 
 
+def test_a_drift_reference_is_part_of_an_adapter_and_of_its_digest(store: AdapterStore, tmp_path: Path) -> None:
+    directory = _adapter(tmp_path / "a")
+    without = store.publish(directory)
+    (directory / "drift.json").write_text("{}")
+    (directory / "drift.safetensors").write_bytes(b"x" * (MAX_NOTE_BYTES + 1))
+    digest = store.publish(directory)
+    assert digest != without
+    assert {"drift.json", "drift.safetensors"} < store.manifest(digest).keys()
+    assert (store.directory(digest) / "drift.safetensors").stat().st_size > MAX_NOTE_BYTES
+
+
 def test_links_folders_and_huge_notes_are_refused(store: AdapterStore, tmp_path: Path) -> None:
     linked = _adapter(tmp_path / "a")
     (linked / "passwd.json").symlink_to("/etc/passwd")

@@ -31,6 +31,9 @@ from service.app import create_app
 from service.config import Settings
 from service.data_reports import DataReports
 from service.database import connect
+from service.drift import DriftWatch
+from service.drift_monitors import Monitors
+from service.drift_room import open_drift
 from service.engine.base_model import BaseModel
 from service.engine.engine import Engine
 from service.engine.grammar_compiler import GrammarCompiler
@@ -59,6 +62,7 @@ class Served:
     health: Health
     rollout: Rollout
     api: FastAPI
+    drift: DriftWatch | None
     closing: ExitStack
     """Closes, with the service, what its tests opened."""
 
@@ -123,8 +127,11 @@ def shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]
 
 
 @contextmanager
-def serve_fake(directory: Path, **settings: object) -> Iterator[Served]:
-    """The service with a `FakeEngine`, real otherwise; `settings` as in `service.config`."""
+def serve_fake(directory: Path, monitors: Monitors | None = None, **settings: object) -> Iterator[Served]:
+    """The service with a `FakeEngine`, real otherwise; `settings` as in `service.config`.
+
+    Without `monitors` nothing is watched for drift.
+    """
     with ExitStack() as stack:
         structlog.configure(logger_factory=structlog.ReturnLoggerFactory())  # logs would mingle with what a CLI prints
         url = f"sqlite:///{directory / 'rootstock.db'}"
@@ -163,10 +170,15 @@ def serve_fake(directory: Path, **settings: object) -> Iterator[Served]:
             rollout=stack.enter_context(
                 open_rollout(database, control.registry, cast(Engine, engine), metrics, chosen)
             ),
+            drift=None
+            if monitors is None
+            else stack.enter_context(
+                open_drift(database, store, cast(Engine, engine), metrics, chosen, monitors=monitors)
+            ),
         )
         app = create_app(services)
         api_url, ops_url = stack.enter_context(serve_apps(app, create_ops_app(metrics, health)))
-        yield Served(api_url, ops_url, control, engine, metrics, health, services.rollout, app, stack)
+        yield Served(api_url, ops_url, control, engine, metrics, health, services.rollout, app, services.drift, stack)
 
 
 @contextmanager

@@ -23,6 +23,8 @@ from service.app import create_app
 from service.config import Settings
 from service.data_reports import DataReports
 from service.database import connect
+from service.drift import DriftWatch
+from service.drift_room import open_drift
 from service.engine.base_model import BaseModel, load_base_model
 from service.engine.engine import Engine
 from service.engine.engine_config import EngineConfig
@@ -53,6 +55,8 @@ class RealService:
     tuned: str
     closing: ExitStack
     control: Control
+    store: AdapterStore
+    drift: DriftWatch | None = None
 
     def client(self, *, strict: bool = True) -> OpenAI:
         client = OpenAI(
@@ -65,8 +69,8 @@ class RealService:
         self.closing.callback(client.close)
         return client
 
-    def http(self) -> httpx.Client:
-        headers = {"authorization": f"Bearer {self.key}"}
+    def http(self, api_key: str | None = None) -> httpx.Client:
+        headers = {"authorization": f"Bearer {api_key or self.key}"}
         client = httpx.Client(base_url=self.url, headers=headers, timeout=60, verify=certificates())
         return self.closing.enter_context(client)
 
@@ -80,11 +84,16 @@ def real_service(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @contextmanager
 def serve_real(
-    base: BaseModel, directory: Path, adapters: dict[str, LoraWeights] | None = None, **sizes: Any
+    base: BaseModel,
+    directory: Path,
+    adapters: dict[str, LoraWeights] | None = None,
+    *,
+    drift: bool = False,
+    **sizes: Any,
 ) -> Iterator[RealService]:
     """The service on `base`: as the `tiny` of the tests' control plane, and with room for tools in its prompts.
 
-    `adapters`, by digest, may be added to while it runs; `sizes` are the engine's.
+    `adapters`, by digest, may be added to while it runs; with `drift` traffic is watched; `sizes` are the engine's.
     """
     base = replace(base, name="tiny", max_model_len=2048)
     with ExitStack() as stack:
@@ -93,7 +102,7 @@ def serve_real(
         database = connect(url)
         stack.callback(database.close)
         control = make_control(database, url, directory / "storage")
-        settings, metrics = Settings(data_dir=directory), Metrics()
+        settings, metrics = Settings(data_dir=directory, drift=drift), Metrics()
         adapters = {} if adapters is None else adapters
         adapters[ADAPTER] = random_lora(base.signature, seed=3)
         config = EngineConfig(**{"kv_cache_bytes": 32 << 20, **sizes})
@@ -121,8 +130,13 @@ def serve_real(
             estimates=Estimates(control.files, store, control.jobs, base, max_rank=64),
             store=store,
             rollout=stack.enter_context(open_rollout(database, control.registry, engine, metrics, settings)),
+            drift=stack.enter_context(open_drift(database, store, engine, metrics, settings)),
         )
         tuned = control.publish(suffix="tuned", digest=ADAPTER)
         ops = create_ops_app(metrics, health)
         api_url, ops_url = stack.enter_context(serve_apps(create_app(services), ops))
-        yield RealService(api_url, ops_url, control.acme_key, base, engine, grammars, tuned, stack, control)
+        yield RealService(
+            *(api_url, ops_url, control.acme_key, base, engine, grammars, tuned, stack, control),
+            store=store,
+            drift=services.drift,
+        )

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -59,7 +60,12 @@ def test_no_client_reads_another_adapters_name(
     base = load_base_model(str(directory), quantization="none")
     adapters: dict[str, LoraWeights] = {}
     counts: Counter[str] = Counter()
-    sizes = {"max_lora_slots": 3, "max_host_adapters": 5, "max_num_seqs": 5, "max_num_batched_tokens": 64}
+    sizes: Any = {
+        "max_lora_slots": 3,
+        "max_host_adapters": 5,
+        "max_num_seqs": 5,
+        "max_num_batched_tokens": 64,
+    }
     with serve_real(base, tmp_path, adapters, prefill_chunk=24, **sizes) as service:
         flock = Flock(service, adapters)
 

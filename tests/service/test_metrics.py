@@ -9,6 +9,8 @@ import structlog
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from service.drift_board import Worst
+from service.drift_states import DriftState
 from service.engine.sequence import FinishReason, SequenceReport
 from service.job import JobStatus
 from service.metrics import DURATION_BUCKETS, TPOT_BUCKETS, TTFT_BUCKETS, Metrics, Origin
@@ -35,6 +37,15 @@ CONTRACT = {
     "rootstock_shadow_requests_total": ("counter", {"outcome"}),
     "rootstock_feedback_total": ("counter", {"rating"}),
     "rootstock_completion_records_dropped_total": ("counter", set()),
+    "rootstock_drift_probes_total": ("counter", {"outcome"}),
+    "rootstock_drift_probe_seconds_total": ("counter", set()),
+    "rootstock_drift_alarms_total": ("counter", {"signal"}),
+    "rootstock_drift_expected_false_alarms_total": ("counter", set()),
+    "rootstock_drift_failures_total": ("counter", set()),
+    "rootstock_drift_webhooks_total": ("counter", {"outcome"}),
+    "rootstock_drift_statistic_ratio": ("gauge", {"tenant", "signal"}),
+    "rootstock_drift_state": ("gauge", {"tenant", "signal", "state"}),
+    "rootstock_drift_samples": ("gauge", {"tenant"}),
     "rootstock_jobs_total": ("counter", {"state"}),
     "rootstock_job_fenced_writes_total": ("counter", set()),
     "rootstock_training_pace_ratio": ("gauge", set()),
@@ -67,6 +78,11 @@ def metrics() -> Metrics:
     metrics.adapter_verify_failed("digest")
     metrics.job_entered(JobStatus.QUEUED)
     metrics.write_fenced()
+    metrics.drift.drift_probe_ended("measured")
+    metrics.drift.drift_alarmed("refusal")
+    metrics.drift.drift_webhook_ended("delivered")
+    worst = Worst({"refusal": 1.5}, {"refusal": DriftState.DRIFT}, 40)
+    metrics.drift.watch(lambda label: {label("tenant-a"): worst})
     metrics.canary_answered("canary", "success")
     metrics.canary_ended("rolled_back", "error")
     metrics.shadow_ended("compared")

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -127,8 +128,26 @@ async def test_it_answers_as_the_engine_in_this_process_does(remote: Remote, bas
             assert there[-1].finish_reason is FinishReason.LENGTH
         vector = await remote.engine.embed(remote.request(pooling=True))
         assert np.array_equal(vector, await here.embed(remote.request(pooling=True)))
+        await _measures_as(here, remote)
     finally:
         here.shutdown(0.0)
+
+
+async def _measures_as(here: Engine, remote: Remote) -> None:
+    """Prompts and answers, in the chunks and in the reports."""
+    asked = [GenerationRequest.probe("probe", (5, 6, 7, 8), "t/drift", priority=-100)]
+    asked.append(replace(remote.request(), measure=True))
+    for request in asked:
+        [*_, there], [*_, same] = await answer(remote.engine, request), await answer(here, request)
+        assert (there.prompt_nll, there.answer_nll, there.answer_entropy) == (
+            same.prompt_nll,
+            same.answer_nll,
+            same.answer_entropy,
+        )
+        assert (there.prompt_nll is None) == (there.answer_nll is not None)
+    until(lambda: any(report.request_id == asked[1].request_id for report in remote.ear.reports))
+    report = next(report for report in remote.ear.reports if report.request_id == asked[1].request_id)
+    assert (report.answer_nll, report.answer_entropy) == (there.answer_nll, there.answer_entropy)
 
 
 async def test_its_base_is_described_without_the_weights(remote: Remote, base: BaseModel) -> None:

@@ -142,6 +142,16 @@ def test_what_cannot_be_trained_again_says_why(workshop: Workshop) -> None:
         find_version_anywhere(workshop.control.database, model)
 
 
+def test_the_command_tells_what_was_compared_where_the_digest_covers_a_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Reproduction("e" * 64, "d" * 64, True, (), {"adapter_model.safetensors": "a" * 64})
+    monkeypatch.setattr("service.cli.reproduce._run", lambda *_: found)
+    told = CliRunner().invoke(app, ["adapters", "reproduce", "ft:tiny:acme:x", "--data-dir", str(tmp_path)])
+    assert told.exit_code == 0
+    assert f"same weights: adapter_model.safetensors {'a' * 64}" in told.stdout.replace("\n", " ")
+
+
 @pytest.fixture
 def data_dir(tiny_llama_dir: Path, tmp_path: Path) -> Iterator[tuple[Path, str]]:
     """A service's data directory after one job on a 4-bit base; the model's id."""

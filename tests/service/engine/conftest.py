@@ -77,11 +77,13 @@ class Rig:
         adapter: str | None = None,
         tenant: str = "t",
         pooling: bool = False,
+        measure: bool = False,
         **sampling: Any,
     ) -> GenerationRequest:
         self._count += 1
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": 16, "ignore_eos": True, **sampling})
-        return GenerationRequest(f"r{self._count}", tuple(prompt), params, tenant, adapter, pooling=pooling)
+        name = f"r{self._count}"
+        return GenerationRequest(name, tuple(prompt), params, tenant, adapter, pooling=pooling, measure=measure)
 
     async def ask(self, prompt: list[int], adapter: str | None = None, **asked: Any) -> list[OutputChunk]:
         return [chunk async for chunk in self.engine.generate(self.request(prompt, adapter, **asked))]

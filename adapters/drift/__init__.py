@@ -1,0 +1,1 @@
+"""Has the traffic changed? References, online tests against them, and thresholds that keep a promised run length."""

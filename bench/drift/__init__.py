@@ -1,0 +1,1 @@
+"""`python -m bench.drift --data DIR`: how long monitors run without drift, and how soon they find it, on real text."""

@@ -1,0 +1,99 @@
+"""Probes stay behind everybody's requests, and within their share of the time."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from service.drift_probe import PROBE_PRIORITY, SHARE, ProbeBudget, Prober
+from service.engine.errors import EngineDeadError, QueueFullError
+from tests.service.drift_fixtures import ProbedEngine, wait_until
+
+PROMPT = tuple(range(100))
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def prober(engine: ProbedEngine, clock: Clock | None = None, stopping: threading.Event | None = None) -> Prober:
+    is_stopping = (stopping or threading.Event()).is_set
+    return Prober(engine, chunk_tokens=128, is_stopping=is_stopping, clock=clock or time.monotonic)
+
+
+def test_a_probe_asks_the_base_behind_everybody_for_an_account_of_its_own() -> None:
+    engine = ProbedEngine()
+    probed = prober(engine).measure("acme", PROMPT)
+    assert probed is not None and probed.embedding.shape == (4,) and probed.nll == 2.0
+    (request,) = engine.probes
+    assert (request.priority, request.tenant, request.adapter) == (PROBE_PRIORITY, "acme/drift", None)
+    assert request.pooling and request.measure and request.timeout_seconds is not None
+
+
+@pytest.mark.parametrize(
+    "engine", [ProbedEngine(refusal=QueueFullError("full", retry_after=1.0)), ProbedEngine(fails=True)]
+)
+def test_a_probe_that_the_engine_does_not_answer_is_none(engine: ProbedEngine) -> None:
+    assert prober(engine).measure("acme", PROMPT) is None
+
+
+def test_a_stopping_service_does_not_wait_for_its_probe() -> None:
+    engine, stopping = ProbedEngine(silent=True), threading.Event()
+    done: list[object] = []
+    thread = threading.Thread(target=lambda: done.append(prober(engine, stopping=stopping).measure("acme", PROMPT)))
+    thread.start()
+    wait_until(lambda: bool(engine.probes))
+    stopping.set()
+    thread.join(5)
+    assert done == [None] and engine.aborted == [engine.probes[0].request_id]
+
+
+def test_an_idle_engine_is_probed_freely_and_a_dead_one_is_not() -> None:
+    engine, clock = ProbedEngine(), Clock()
+    engine.on_probe = lambda request: setattr(clock, "now", clock.now + 5.0)
+    one = prober(engine, clock)
+    for _ in range(10):
+        assert one.may_start and one.measure("acme", PROMPT) is not None
+    engine.alive = False
+    assert not one.may_start
+    engine.refusal = EngineDeadError("gone")
+    assert one.measure("acme", PROMPT) is None
+
+
+@pytest.mark.parametrize("known_seconds", [None, 0.02])
+def test_beside_others_probes_take_their_share_of_the_time_and_no_more(known_seconds: float | None) -> None:
+    engine, clock, took = ProbedEngine(), Clock(), [0.0]
+
+    def work(seconds: float) -> None:
+        clock.now += seconds
+        took[0] += seconds
+
+    one = prober(engine, clock)
+    if known_seconds is not None:  # then it is charged that, however long it waited for its turn
+        engine.on_probe = lambda request: work(known_seconds)
+        one.measure("acme", PROMPT)
+    engine.num_running, cost = 3, known_seconds or 0.05
+    engine.on_probe = lambda request: work(0.05)
+    num_probes, start = 0, clock.now
+    while clock.now - start < 1000.0:
+        if one.may_start:
+            assert one.measure("acme", PROMPT) is not None
+            num_probes += 1
+        clock.now += 0.1
+    assert num_probes * cost / 1000.0 == pytest.approx(SHARE, rel=0.05)
+
+
+def test_nothing_is_saved_up_for_a_burst() -> None:
+    clock = Clock()
+    budget = ProbeBudget(clock)
+    clock.now = 1e6
+    assert budget.credit_seconds == 1.0
+    budget.charge(3.0)
+    clock.now += 150.0
+    assert budget.credit_seconds == pytest.approx(-0.5)
