@@ -22,6 +22,7 @@ EXPORTED_BY_THE_ENGINE = {
     "rootstock_adapters_resident",
     "rootstock_adapter_slots",
     "rootstock_lease_age_seconds_max",
+    "rootstock_tenant_accuracy",
 }
 
 

@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse, Response
 from adapters.errors import AdapterError
 from service.api.answer_watch import AnswerWatch
 from service.api.generation import Generation, unless_disconnected
+from service.api.keepsake import Keepsake
 from service.api.schemas import GenerationParams
 from service.api.services import Services
 from service.api.sse import DONE, EventStream, event
@@ -99,7 +100,8 @@ class _TokenCount:
 
 @dataclass(frozen=True)
 class Ask:
-    """A request, understood: whose, which model answers, how to sample, and the prompts as tokens."""
+    """A request, understood: whose, which model answers, how to sample, and the prompts as tokens; `keepsake` is what
+    may be kept of it."""
 
     operation: str
     head: Head
@@ -109,6 +111,7 @@ class Ask:
     prompts: Sequence[tuple[int, ...]]
     max_tokens: int | None
     logprobs: int | None
+    keepsake: Keepsake | None = None
     grammar: AnyGrammar | None = None
 
     @property
@@ -173,7 +176,7 @@ async def answer(request: Request, services: Services, ask: Ask, shape: AnswerSh
     origin = Origin(ask.operation, request.state.trace_id)
     requests = ask.requests(services.settings.request_timeout_seconds)
     generation = Generation(services.engine, services.metrics, requests, origin)
-    watch = AnswerWatch(services.rollout, ask.head.id, ask.tenant.id, ask.route, requests)
+    watch = AnswerWatch(services.rollout, ask.head.id, ask.tenant.id, ask.route, requests, ask.keepsake)
     headers = watch.headers
     if ask.model.digest is not None:
         headers["x-rootstock-adapter"] = ask.model.digest

@@ -11,6 +11,7 @@ from service.api import (
     admin,
     aliases,
     canaries,
+    captures,
     chat,
     completions,
     embeddings,
@@ -20,6 +21,8 @@ from service.api import (
     gate_policy,
     merges,
     models,
+    quality,
+    retraining,
     settings,
 )
 
@@ -39,6 +42,9 @@ ROUTERS: Sequence[APIRouter] = tuple(
         gate_policy,
         feedback,
         settings,
+        quality,
+        captures,
+        retraining,
         admin,
     )
 )

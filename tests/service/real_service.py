@@ -30,6 +30,7 @@ from service.engine.grammar_compiler import GrammarCompiler
 from service.estimates import Estimates
 from service.health import Health
 from service.metrics import Metrics
+from service.retraining import Retraining
 from service.rollout import open_rollout
 from tests.adapters.loras import random_lora
 from tests.service.control_fixtures import Control, make_control
@@ -121,6 +122,7 @@ def serve_real(
             estimates=Estimates(control.files, store, control.jobs, base, max_rank=64),
             store=store,
             rollout=stack.enter_context(open_rollout(database, control.registry, engine, metrics, settings)),
+            retraining=Retraining(database, control.registry, control.jobs, metrics),
         )
         tuned = control.publish(suffix="tuned", digest=ADAPTER)
         ops = create_ops_app(metrics, health)
