@@ -15,7 +15,7 @@ from sqlalchemy.engine import Connection
 from service.captures import DAY, days_of, too_old, user_digest
 from service.job import EventLevel, JobStatus
 from service.job_rows import UNFINISHED, ending, insert_event
-from service.retraining_rows import add_event, collect_again
+from service.retraining_rows import add_event, collect_again, expire_files
 from service.tables import (
     adapter_versions,
     captures,
@@ -75,8 +75,7 @@ def _withdraw(connection: Connection, which: sa.ColumnElement[bool], reason: str
     c = retraining_proposals.c
     query = sa.select(c.id, c.training_file, c.validation_file, c.report, c.job_id).where(which, sa.not_(c.erased))
     for row in connection.execute(query.order_by(c.seq)).all():
-        made = [file for file in (row.training_file, row.validation_file) if file is not None]
-        connection.execute(files.update().where(files.c.id.in_(made)).values(expires_at=epoch_now()))
+        expire_files(connection, row.training_file, row.validation_file)
         if collect_again(connection, row.id, reason):
             continue
         if row.job_id is not None:

@@ -33,13 +33,14 @@ from service.retraining_rows import (
     Trigger,
     add_event,
     events_of,
+    expire_files,
     get_proposal,
     insert_proposal,
     move,
     open_proposal,
     proposal_of,
 )
-from service.tables import epoch_now, files, jobs, retraining_proposals
+from service.tables import epoch_now, jobs, retraining_proposals
 from service.tenant_settings import RetrainingPolicy, choices_of
 from service.versions import AdapterVersion
 
@@ -348,8 +349,7 @@ def _open(
 def _dismiss(connection: Connection, proposal: Proposal, reason: str) -> None:
     if not move(connection, proposal, ProposalState.DISMISSED, ended_at=epoch_now()):
         raise _changed(proposal)
-    made = [file for file in (proposal.training_file, proposal.validation_file) if file is not None]
-    connection.execute(files.update().where(files.c.id.in_(made)).values(expires_at=epoch_now()))
+    expire_files(connection, proposal.training_file, proposal.validation_file)
     add_event(connection, proposal.id, reason)
 
 

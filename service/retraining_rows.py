@@ -1,4 +1,4 @@
-"""Proposals to retrain as rows, in the caller's transaction. Decides nothing; knows no texts, files or jobs.
+"""Proposals to retrain as rows, in the caller's transaction. Decides nothing; knows no texts and no jobs.
 
     collecting ──▶ checking ──▶ proposed ──▶ started        open: the first three and `insufficient`
         ▲  └─▶ insufficient       │  └─▶ dismissed          at most one open proposal for each target
@@ -20,7 +20,7 @@ from sqlalchemy.engine import Connection
 
 from service.database import new_id
 from service.errors import NotFoundError
-from service.tables import epoch_now, retraining_events, retraining_proposals
+from service.tables import epoch_now, files, retraining_events, retraining_proposals
 
 MAX_SEED = 2**31 - 1
 MAX_EVENTS = 100
@@ -143,12 +143,20 @@ def collect_again(connection: Connection, proposal_id: str, reason: str) -> bool
     """An open proposal loses its files, and its data are put together anew. False: it is not open."""
     c = retraining_proposals.c
     nothing = {name: None for name in ("missing", "counts", "training_file", "validation_file", "report", "estimate")}
+    row = connection.execute(sa.select(c.training_file, c.validation_file).where(c.id == proposal_id)).one()
     again = {**nothing, "texts_until": None, "attempts": 0, "state": ProposalState.COLLECTING}
     update = retraining_proposals.update().where(c.id == proposal_id, c.state.in_(OPEN))
     if connection.execute(update.values(**again, revision=c.revision + 1)).rowcount == 0:
         return False
+    expire_files(connection, row.training_file, row.validation_file)
     add_event(connection, proposal_id, f"Collected again: {reason}")
     return True
+
+
+def expire_files(connection: Connection, *file_ids: str | None) -> None:
+    """What was made for a proposal; a job that uses it keeps it until it is done."""
+    made = [file_id for file_id in file_ids if file_id is not None]
+    connection.execute(files.update().where(files.c.id.in_(made)).values(expires_at=epoch_now()))
 
 
 def add_event(connection: Connection, proposal_id: str, message: str) -> None:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import sqlalchemy as sa
 import structlog
@@ -18,15 +19,15 @@ from sqlalchemy.engine import Connection
 from adapters.dataset import MIN_EXAMPLES
 from adapters.errors import AdapterError
 from adapters.thread_priority import lower_priority
-from service.data_reports import DataReports
+from service.data_reports import FileReport
 from service.database import database_now, lock_tenant
 from service.errors import DeadlineExceededError, NotFoundError, RateLimitError, ServiceError, UnavailableError
-from service.estimates import Estimates, JobEstimate
-from service.files import Files, insert_file
+from service.estimates import JobEstimate
+from service.files import File, Files, insert_file
 from service.job import JobSpec, Method
 from service.retraining import Retraining
 from service.retraining_data import BuiltFiles, Material, Original, RetrainingFiles, count_corrected, enough, gather
-from service.retraining_rows import Proposal, ProposalState, add_event, collect_again, move, proposals_in
+from service.retraining_rows import Proposal, ProposalState, add_event, collect_again, expire_files, move, proposals_in
 from service.tables import epoch_now, jobs, quality_streams, retraining_proposals
 from service.tenant_settings import choices_of
 from service.versions import find_version
@@ -55,6 +56,18 @@ class _Background:
     original: Original | None
 
 
+class Estimating(Protocol):
+    """The part of `Estimates` that is needed here."""
+
+    def make(self, tenant_id: str, spec: JobSpec) -> JobEstimate: ...
+
+
+class Reporting(Protocol):
+    """The part of `DataReports` that is needed here."""
+
+    def submit(self, tenant_id: str, training: File, validation: File | None = None) -> Future[FileReport]: ...
+
+
 class RetrainingWorker:
     """`start` it once; `stop` waits for the step that runs. `work` is one round, for whoever has no thread."""
 
@@ -63,8 +76,8 @@ class RetrainingWorker:
         retraining: Retraining,
         files: Files,
         builder: RetrainingFiles,
-        data_reports: DataReports,
-        estimates: Estimates,
+        data_reports: Reporting,
+        estimates: Estimating,
         *,
         poll_seconds: float = POLL_SECONDS,
     ) -> None:
@@ -313,6 +326,7 @@ class RetrainingWorker:
             error = {"code": code, "message": message}
             if not now or not move(connection, now[0], ProposalState.FAILED, error=error, ended_at=epoch_now()):
                 return
+            expire_files(connection, now[0].training_file, now[0].validation_file)
             add_event(connection, proposal.id, message)
         self._retraining.observer.retraining_moved(proposal.trigger, ProposalState.FAILED)
 
