@@ -10,7 +10,7 @@ from __future__ import annotations
 import unicodedata
 from hashlib import sha256
 
-from adapters.scoring import canonical
+from adapters.scoring import canonical, plain
 
 DIGEST_CHARACTERS = 4
 MAX_JSON_CHARACTERS = 64 * 1024
@@ -19,6 +19,14 @@ MAX_JSON_CHARACTERS = 64 * 1024
 
 def answer_digest(completion_id: str, text: str) -> str:
     """Of the text as evaluations compare it: white space and the order of JSON keys make no difference."""
-    whole = unicodedata.normalize("NFC", text)
-    form = canonical(whole) if len(whole) <= MAX_JSON_CHARACTERS else "text:" + " ".join(whole.split())
+    form = _form(unicodedata.normalize("NFC", text))
     return sha256(f"{completion_id}\0{form}".encode("utf-8", "surrogatepass")).hexdigest()[:DIGEST_CHARACTERS]
+
+
+def _form(text: str) -> str:
+    if len(text) <= MAX_JSON_CHARACTERS:
+        try:
+            return canonical(text)
+        except RecursionError:  # it could just be read, and not be written again
+            pass
+    return "text:" + plain(text)

@@ -9,6 +9,7 @@ asked, and with the tenant. `service.erasure` knows what else holds pieces of th
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,8 @@ TRIM_SHARE = 0.05
 
 DAY = 86400.0
 
+_HALF_A_PAIR = re.compile("[\ud800-\udfff]")
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -44,10 +47,17 @@ class Exchange:
 
     @property
     def num_bytes(self) -> int:
-        texts = [message["content"] for message in self.prompt.get("messages", ())]
-        return sum(
-            len(text.encode("utf-8", "replace")) for text in (*texts, self.prompt.get("prompt", ""), self.answer)
-        )
+        return sum(len(text.encode("utf-8", "replace")) for text in self._texts)
+
+    @property
+    def is_storable(self) -> bool:
+        """Half a surrogate pair is no text, and Postgres takes no NUL: one such would spoil a whole batch."""
+        return not any("\0" in text or _HALF_A_PAIR.search(text) for text in self._texts)
+
+    @property
+    def _texts(self) -> list[str]:
+        messages = self.prompt.get("messages", ())
+        return [*(message["content"] for message in messages), self.prompt.get("prompt", ""), self.answer]
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,7 @@ class CaptureRoom:
     def write(self, connection: Connection, exchanges: Sequence[Exchange]) -> None:
         """Of tenants that are there and locked by the caller; what nobody consents to is left out."""
         consenting = _consenting(connection, {exchange.tenant_id for exchange in exchanges})
-        kept = [exchange for exchange in exchanges if exchange.tenant_id in consenting]
+        kept = [exchange for exchange in exchanges if exchange.tenant_id in consenting and exchange.is_storable]
         if not kept:
             return
         connection.execute(captures.insert(), [_row(exchange) for exchange in kept])

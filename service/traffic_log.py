@@ -248,7 +248,9 @@ def _write(connection: Connection, batch: _Batch, room: CaptureRoom) -> None:
         connection.execute(completions.insert(), rows)
     answers = [answer for answer in batch.answers.values() if answer.tenant_id in alive]
     written = {record.id for record in batch.records}
-    later = [{"key": a.completion_id, "digest": a.digest} for a in answers if a.completion_id not in written]
+    later = [
+        {"of_completion": a.completion_id, "its_digest": a.digest} for a in answers if a.completion_id not in written
+    ]
     if later:
         connection.execute(_LATER, later)
     room.write(connection, [answer.exchange for answer in answers if answer.exchange is not None])
@@ -256,7 +258,9 @@ def _write(connection: Connection, batch: _Batch, room: CaptureRoom) -> None:
 
 
 _LATER = (
-    completions.update().where(completions.c.id == sa.bindparam("key")).values(answer_digest=sa.bindparam("digest"))
+    completions.update()
+    .where(completions.c.id == sa.bindparam("answered"))
+    .values(answer_digest=sa.bindparam("hashed"))
 )
 
 

@@ -160,9 +160,7 @@ def practice(control: Control) -> Practice:
     traffic = TrafficLog(control.database, Retention(), judge=pytest.fail, on_dropped=pytest.fail)
     moved: list[tuple[str, str]] = []
     observer = _Observer(moved)
-    retraining = Retraining(
-        control.database, control.registry, control.jobs, observer, cooldown_seconds=3600.0
-    )
+    retraining = Retraining(control.database, control.registry, control.jobs, observer, cooldown_seconds=3600.0)
     estimates = FixedEstimates()
     builder = RetrainingFiles(control.files, FakeBase(), 256)
     worker = RetrainingWorker(retraining, control.files, builder, QuickReports(control.files), estimates)

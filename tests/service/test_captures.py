@@ -107,6 +107,15 @@ def test_a_tenants_captures_are_bounded_and_commented_ones_go_last(practice: Pra
     assert kept(practice) == [newest, commented]
 
 
+def test_what_no_database_takes_is_left_out_and_spoils_nothing_else(practice: Practice) -> None:
+    practice.consent()
+    for text in ("half \ud83d", "nothing \0 there"):
+        practice.answer(text)
+        practice.answer(prompt=text)
+    completion = practice.answer()
+    assert kept(practice) == [completion]
+
+
 def test_captures_go_with_their_tenant(practice: Practice) -> None:
     practice.consent()
     practice.answer()

@@ -31,7 +31,7 @@ def proposed(practice: Practice, corrections: int = 12, **options: object) -> st
     practice.correct(corrections, alias="best")
     practice.retraining.request(practice.tenant, "best", RetrainingOptions(**options))  # type: ignore[arg-type]
     practice.worker.work()
-    assert practice.proposal.state is ProposalState.PROPOSED
+    assert state(practice) is ProposalState.PROPOSED
     return practice.proposal.id
 
 
@@ -42,6 +42,11 @@ def made_files(practice: Practice) -> list[str]:
 
 
 BOTH = ["train.jsonl", "validation.jsonl"]
+
+
+def state(practice: Practice) -> ProposalState:
+    """Of the newest proposal."""
+    return practice.proposal.state
 
 
 def num_jobs(practice: Practice) -> int:
@@ -116,7 +121,7 @@ def test_what_is_missing_is_said_and_the_proposal_goes_on_when_it_has_come(pract
     practice.correct(9, alias="best")
     practice.worker.work()
     practice.drift(model)
-    assert practice.proposal.state is ProposalState.INSUFFICIENT
+    assert state(practice) is ProposalState.INSUFFICIENT
     practice.correct(1, alias="best", prompt="word 2?")
     practice.worker.work()
     missing = practice.proposal.missing
@@ -129,7 +134,7 @@ def test_what_is_missing_is_said_and_the_proposal_goes_on_when_it_has_come(pract
     assert practice.proposal.revision == revision, "the same corrections are not looked at again"
     practice.correct(1, alias="best")
     practice.worker.work()
-    assert practice.proposal.state is ProposalState.PROPOSED and len(practice.proposals()) == 1
+    assert state(practice) is ProposalState.PROPOSED and len(practice.proposals()) == 1
 
 
 def test_falling_quality_leads_to_a_proposal_once(practice: Practice) -> None:
@@ -221,7 +226,7 @@ def test_an_original_that_was_deleted_is_left_out(practice: Practice) -> None:
     practice.correct(12, alias="best")
     practice.drift("best")
     practice.worker.work()
-    assert practice.proposal.state is ProposalState.PROPOSED
+    assert state(practice) is ProposalState.PROPOSED
     assert practice.proposal.counts is not None and practice.proposal.counts["original"] == 0
 
 
@@ -259,18 +264,18 @@ def test_auto_starts_at_once_then_waits_for_the_cooldown(practice: Practice) -> 
     practice.correct(12, alias="best")
     practice.drift("best")
     practice.worker.work()
-    assert practice.proposal.state is ProposalState.STARTED
+    assert state(practice) is ProposalState.STARTED
     assert "Started by the tenant's policy 'auto'." in practice.messages(practice.proposal)[-1]
     control.finish(control.claim(), "e" * 64)
     practice.correct(12, alias="best")
     practice.drift("best")
     practice.worker.work()
-    assert practice.proposal.state is ProposalState.PROPOSED and num_jobs(practice) == 2
+    assert state(practice) is ProposalState.PROPOSED and num_jobs(practice) == 2
     with control.database.begin() as connection:
         is_first = retraining_proposals.c.job_id.is_not(None)
         connection.execute(retraining_proposals.update().where(is_first).values(started_at=1.0))
     practice.worker.work()
-    assert practice.proposal.state is ProposalState.STARTED and num_jobs(practice) == 3
+    assert state(practice) is ProposalState.STARTED and num_jobs(practice) == 3
     assert practice.moved.count(("drift", "started")) == 2
 
 
@@ -312,9 +317,10 @@ def test_an_alias_that_moved_leaves_the_old_proposal_behind(practice: Practice) 
     practice.drift("best")
     old, new = practice.proposals()
     assert (old.id, old.state) == (proposal_id, ProposalState.DISMISSED)
-    assert new.state is ProposalState.COLLECTING and new.model == practice.control.registry.version(
-        practice.tenant, "best"
-    ).id
+    assert (
+        new.state is ProposalState.COLLECTING
+        and new.model == practice.control.registry.version(practice.tenant, "best").id
+    )
 
 
 @pytest.mark.parametrize("place", ["_publish", "_report", "_move", "build"])
@@ -334,7 +340,7 @@ def test_after_a_crash_between_any_two_steps_it_goes_on(
         with pytest.raises(KilledError):
             practice.worker.work()
     practice.worker.work()
-    assert practice.proposal.state is ProposalState.PROPOSED and len(practice.proposals()) == 1
+    assert state(practice) is ProposalState.PROPOSED and len(practice.proposals()) == 1
     assert made_files(practice) == BOTH
 
 
@@ -350,14 +356,12 @@ def test_a_crash_while_approving_leaves_no_job_or_its_one_job(
         patched.setattr("service.retraining.move", die)
         with pytest.raises(KilledError):
             practice.retraining.approve(practice.tenant, proposal_id)
-    assert num_jobs(practice) == 1 and practice.proposal.state is ProposalState.PROPOSED
+    assert num_jobs(practice) == 1 and state(practice) is ProposalState.PROPOSED
     practice.retraining.approve(practice.tenant, proposal_id)
     assert num_jobs(practice) == 2
 
 
-def test_what_takes_the_process_down_each_time_is_given_up(
-    practice: Practice, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_takes_the_process_down_each_time_is_given_up(practice: Practice, monkeypatch: pytest.MonkeyPatch) -> None:
     practice.consent()
     practice.publish()
     practice.correct(12, alias="best")
@@ -371,7 +375,7 @@ def test_what_takes_the_process_down_each_time_is_given_up(
         with pytest.raises(KilledError):
             practice.worker.work()
     practice.worker.work()
-    assert practice.proposal.state is ProposalState.FAILED
+    assert state(practice) is ProposalState.FAILED
     assert practice.proposal.error is not None and practice.proposal.error["code"] == "internal_error"
 
 
@@ -392,7 +396,7 @@ def test_trouble_that_passes_postpones_and_a_hopeless_job_fails(
     with monkeypatch.context() as patched:
         patched.setattr(practice.estimates, "make", busy)
         practice.worker.work()
-    assert practice.proposal.state is ProposalState.CHECKING
+    assert state(practice) is ProposalState.CHECKING
     monkeypatch.setattr(practice.estimates, "make", hopeless)
     practice.worker.work()
     assert practice.proposal.error == {"code": "invalid_value", "message": "lora_r 999 is over the limit"}
@@ -409,7 +413,7 @@ def test_two_services_on_one_database_make_one_proposal(practice: Practice) -> N
     for thread in threads:
         thread.join()
     practice.worker.work()
-    assert practice.proposal.state is ProposalState.PROPOSED
+    assert state(practice) is ProposalState.PROPOSED
     assert made_files(practice) == BOTH, "nothing of those who came second is left"
 
 
@@ -431,7 +435,7 @@ def test_texts_forgotten_while_they_are_collected_are_not_published(
     with monkeypatch.context() as patched:
         patched.setattr(RetrainingFiles, "build", forgetful)
         practice.worker.work()
-    assert practice.proposal.state is ProposalState.COLLECTING
+    assert state(practice) is ProposalState.COLLECTING
     practice.worker.work()
     assert practice.proposal.counts is not None and practice.proposal.counts["corrected"] == 12
 
@@ -442,10 +446,10 @@ def test_files_whose_time_is_up_are_made_again_from_what_is_left(practice: Pract
     practice.control.files.delete(practice.tenant, str(before))
     practice.worker.work()
     practice.worker.work()
-    assert practice.proposal.state is ProposalState.PROPOSED and practice.proposal.training_file != before
+    assert state(practice) is ProposalState.PROPOSED and practice.proposal.training_file != before
     practice.settings.change(practice.tenant, capture=False)
     practice.worker.work()
-    assert practice.proposal.state is ProposalState.INSUFFICIENT and practice.proposal.training_file is None
+    assert state(practice) is ProposalState.INSUFFICIENT and practice.proposal.training_file is None
     assert made_files(practice) == []
 
 
