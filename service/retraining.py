@@ -244,7 +244,7 @@ class Retraining:
         return done
 
     def start_by_policy(self, proposal: Proposal) -> None:
-        """Where the tenant chose `auto`, and the last start is long enough ago."""
+        """Where the tenant chose `auto`, the last start is long enough ago and nobody has to look at the data first."""
         c = retraining_proposals.c
         mine = sa.and_(c.tenant_id == proposal.tenant_id, c.target == proposal.target)
         with self.database.read() as connection:
@@ -252,6 +252,10 @@ class Retraining:
             last = connection.execute(sa.select(sa.func.max(c.started_at)).where(mine)).scalar()
             waits = last is not None and database_now(connection) < last + self._cooldown_seconds
         if policy is not RetrainingPolicy.AUTO or waits:
+            return
+        if (proposal.report or {}).get("num_errors"):
+            with self.database.begin() as connection:
+                add_event(connection, proposal.id, "The data report has errors: not started by itself, approve it.")
             return
         try:
             self.start(proposal, "Started by the tenant's policy 'auto'.")

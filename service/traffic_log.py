@@ -248,11 +248,9 @@ def _write(connection: Connection, batch: _Batch, room: CaptureRoom) -> None:
         connection.execute(completions.insert(), rows)
     answers = [answer for answer in batch.answers.values() if answer.tenant_id in alive]
     written = {record.id for record in batch.records}
-    later = [
-        {"of_completion": a.completion_id, "its_digest": a.digest} for a in answers if a.completion_id not in written
-    ]
+    later = [answer for answer in answers if answer.completion_id not in written]
     if later:
-        connection.execute(_LATER, later)
+        connection.execute(_LATER, [{"answered": one.completion_id, "hashed": one.digest} for one in later])
     room.write(connection, [answer.exchange for answer in answers if answer.exchange is not None])
     add_measures(connection, batch.measures)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from adapters.data_report import DataReport
+from adapters.data_report import DataReport, Finding
 from adapters.estimate import Estimate
 from service.answer_digest import answer_digest
 from service.captures import Exchange, user_digest
@@ -46,10 +46,11 @@ class QuickReports:
 
     def __init__(self, files: Files) -> None:
         self._files = files
+        self.findings: tuple[Finding, ...] = ()
 
     def submit(self, tenant_id: str, training: File, validation: File | None = None) -> Future[FileReport]:
         with self._files.open(tenant_id, training.id) as stream:
-            report = DataReport((), {"training": {"examples": len(stream.readlines())}})
+            report = DataReport(self.findings, {"training": {"examples": len(stream.readlines())}})
         done: Future[FileReport] = Future()
         done.set_result(FileReport("filereport-1", 0.0, report))
         return done
@@ -78,6 +79,7 @@ class Practice:
     traffic: TrafficLog
     retraining: Retraining
     worker: RetrainingWorker
+    reports: QuickReports
     estimates: FixedEstimates
     moved: list[tuple[str, str]]
     num_answers: int = 0
@@ -161,10 +163,10 @@ def practice(control: Control) -> Practice:
     moved: list[tuple[str, str]] = []
     observer = _Observer(moved)
     retraining = Retraining(control.database, control.registry, control.jobs, observer, cooldown_seconds=3600.0)
-    estimates = FixedEstimates()
+    estimates, reports = FixedEstimates(), QuickReports(control.files)
     builder = RetrainingFiles(control.files, FakeBase(), 256)
-    worker = RetrainingWorker(retraining, control.files, builder, QuickReports(control.files), estimates)
-    return Practice(control, TenantSettings(control.database), traffic, retraining, worker, estimates, moved)
+    worker = RetrainingWorker(retraining, control.files, builder, reports, estimates)
+    return Practice(control, TenantSettings(control.database), traffic, retraining, worker, reports, estimates, moved)
 
 
 @dataclass(frozen=True)

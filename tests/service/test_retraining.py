@@ -7,6 +7,7 @@ import threading
 import pytest
 import sqlalchemy as sa
 
+from adapters.data_report import Finding, Severity
 from service.errors import ConflictError, InvalidRequestError, NotFoundError, UnavailableError
 from service.job import EvaluationSpec, JobStatus
 from service.retraining_data import RetrainingFiles, _line
@@ -277,6 +278,18 @@ def test_auto_starts_at_once_then_waits_for_the_cooldown(practice: Practice) -> 
     practice.worker.work()
     assert state(practice) is ProposalState.STARTED and num_jobs(practice) == 3
     assert practice.moved.count(("drift", "started")) == 2
+
+
+def test_auto_starts_nothing_while_the_data_report_has_errors(practice: Practice) -> None:
+    practice.reports.findings = (Finding("secret", Severity.ERROR, "training_file", 1, "Remove it."),)
+    practice.consent(retraining=RetrainingPolicy.AUTO)
+    practice.publish()
+    practice.correct(12, alias="best")
+    practice.drift("best")
+    practice.worker.work()
+    assert state(practice) is ProposalState.PROPOSED and num_jobs(practice) == 1
+    assert practice.messages(practice.proposal)[-1].startswith("The data report has errors")
+    assert practice.retraining.approve(practice.tenant, practice.proposal.id).job_id is not None
 
 
 def test_the_policy_off_proposes_nothing_unless_asked(practice: Practice) -> None:
