@@ -27,6 +27,9 @@ from service.jobs import Jobs
 from service.merges import merges_in
 from service.metrics import Metrics
 from service.registry import BaseIdentity, Registry
+from service.retraining import Retraining
+from service.retraining_data import RetrainingFiles
+from service.retraining_worker import RetrainingWorker
 from service.rollout import open_rollout
 from service.tenants import Tenants
 
@@ -69,6 +72,18 @@ def open_services(
         stack.callback(grammars.close)
         registry = Registry(archive.database, BaseIdentity(base.name, base.fingerprint))
         jobs = Jobs(archive.database, metrics)
+        estimates = Estimates(archive.files, archive.store, jobs, base, max_rank=settings.max_lora_rank)
+        retraining = Retraining(
+            archive.database,
+            registry,
+            jobs,
+            metrics,
+            cooldown_seconds=settings.retraining_cooldown_hours * 3600.0,
+        )
+        builder = RetrainingFiles(archive.files, base, base.max_model_len)
+        proposing = RetrainingWorker(retraining, archive.files, builder, data_reports, estimates)
+        proposing.start()
+        stack.callback(proposing.stop)
         yield Services(
             settings=settings,
             admin_key=admin_key,
@@ -80,13 +95,25 @@ def open_services(
             tenants=Tenants(archive.database),
             files=archive.files,
             data_reports=data_reports,
-            estimates=Estimates(archive.files, archive.store, jobs, base, max_rank=settings.max_lora_rank),
+            estimates=estimates,
             jobs=jobs,
             registry=registry,
             store=archive.store,
-            rollout=stack.enter_context(open_rollout(archive.database, registry, engine, metrics, settings)),
+            rollout=stack.enter_context(
+                open_rollout(archive.database, registry, engine, metrics, settings, retraining)
+            ),
+            retraining=retraining,
             merges=merges_in(settings, archive.database),
-            drift=stack.enter_context(open_drift(archive.database, archive.store, engine, metrics, settings)),
+            drift=stack.enter_context(
+                open_drift(
+                    archive.database,
+                    archive.store,
+                    engine,
+                    metrics,
+                    settings,
+                    listeners=[retraining.drift_changed],
+                )
+            ),
         )
 
 

@@ -131,6 +131,14 @@ class Settings(BaseSettings):
         1_000_000, ge=1, description="Answers remembered for feedback at most; the oldest are dropped first."
     )
     feedback_retention_days: float = Field(365.0, gt=0.0, description="How long feedback itself is kept.")
+    capture_bytes: ByteSize = Field(
+        ByteSize(64 * MIB), ge=1024, description="Prompts and answers kept of a tenant that consents; oldest go first."
+    )
+    retraining_cooldown_hours: float = Field(
+        24.0,
+        ge=0.0,
+        description="Shortest time between two retrainings that start by themselves, of one alias or model.",
+    )
     merge_bytes: ByteSize = Field(
         ByteSize(32 * 1024 * MIB), ge=0, description="Disk for merged models in the data directory; 0: no merging."
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from adapters.store import AdapterStore
@@ -12,7 +12,7 @@ from service.database import Database
 from service.drift import DriftWatch
 from service.drift_board import DriftBoard
 from service.drift_calibration import CalibrationProcess
-from service.drift_events import DriftEvents
+from service.drift_events import DriftEvents, Listener
 from service.drift_monitors import CalibratedMonitors, Monitors
 from service.drift_probe import Prober
 from service.drift_prompt import drift_basis
@@ -30,6 +30,7 @@ def open_drift(
     metrics: Metrics,
     settings: Settings,
     monitors: Monitors | None = None,
+    listeners: Sequence[Listener] = (),
 ) -> Iterator[DriftWatch | None]:
     """Running until the block ends; then everything is written. None where the operator has turned it off."""
     if not settings.drift:
@@ -61,6 +62,8 @@ def open_drift(
             webhook.start()
             stack.callback(webhook.stop)
             watch.add_listener(webhook)
+        for listener in listeners:
+            watch.add_listener(listener)
         metrics.drift.watch(board.worst)
         watch.start()
         stack.callback(watch.stop)

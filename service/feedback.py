@@ -3,26 +3,30 @@
 One row for each completion and end user, the last word wins. Rows keep what the completion's record said (model,
 digest, alias, arm), so they outlive it. A user's name is kept as a hash; corrected text only if the tenant turned
 capture on.
+Whether the answer was right is settled when the entry is written (`service.quality`).
 In a canary's comparison every end user counts once, with the first answer that they rated: people who rate much,
 or always the same way, weigh no more than others, and the numbers stay independent.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from service.answer_digest import answer_digest
+from service.captures import user_digest
 from service.database import Database, Page, lock_tenant, new_id, page_of
 from service.errors import ConflictError, InvalidRequestError, NotFoundError
 from service.experiment import Arm, Measure
 from service.experiment_rows import add_measures
 from service.intervals import Moments
-from service.tables import completions, epoch_now, feedback, tenant_settings
+from service.quality import judge
+from service.tables import completions, epoch_now, feedback
+from service.tenant_settings import choices_of
 from service.traffic_log import TrafficLog
 
 MAX_USERS = 100
@@ -31,7 +35,8 @@ MAX_USERS = 100
 
 @dataclass(frozen=True)
 class Opinion:
-    """What somebody says of an answer; `rating` from -1 (bad) to 1 (good)."""
+    """What somebody says of an answer; `rating` from -1 (bad) to 1 (good). `label` or, in full, `corrected` is what it
+    should have been."""
 
     completion_id: str
     user: str | None = None
@@ -51,15 +56,31 @@ class FeedbackEntry:
     rating: float | None
     label: str | None
     corrected: str | None
+    correct: float | None
     created_at: float
     updated_at: float
 
 
+class Listener(Protocol):
+    """Hears of what may lead to retraining."""
+
+    def wake(self) -> None: ...
+
+
 class Feedback:
-    def __init__(self, database: Database, traffic: TrafficLog, on_feedback: Callable[[float | None], None]) -> None:
+    def __init__(
+        self,
+        database: Database,
+        traffic: TrafficLog,
+        on_feedback: Callable[[str, float | None], None],
+        listener: Listener | None = None,
+    ) -> None:
+        """`on_feedback` counts, with the tenant's id and the rating; `listener` hears of corrections and of quality
+        that fell."""
         self._database = database
         self._traffic = traffic
         self._on_feedback = on_feedback
+        self._listener = listener
 
     def give(self, tenant_id: str, opinion: Opinion) -> FeedbackEntry:
         """Raises NotFoundError for a completion that is not on record, InvalidRequestError for text nobody may keep."""
@@ -71,11 +92,13 @@ class Feedback:
             before = connection.execute(_mine(tenant_id, opinion)).one_or_none()
             if before is None:
                 before = _insert(connection, tenant_id, opinion)
-            _replace(connection, before, opinion)
+            fell = _replace(connection, before, opinion)
             after = connection.execute(_mine(tenant_id, opinion)).one()
         if after.experiment_id is not None:
             self._traffic.judge_soon(tenant_id, after.experiment_id)
-        self._on_feedback(opinion.rating)
+        self._on_feedback(tenant_id, opinion.rating)
+        if self._listener is not None and (fell or opinion.corrected is not None):
+            self._listener.wake()
         return _entry(after)
 
     def list(self, tenant_id: str, *, after: str | None, limit: int) -> Page[FeedbackEntry]:
@@ -86,13 +109,14 @@ class Feedback:
         return Page(tuple(_entry(row) for row in rows), has_more)
 
     def _await_record(self, tenant_id: str, completion_id: str) -> None:
-        """The answer may be so fresh that its record is still on its way."""
+        """The answer may be so fresh that its record, or the answer's digest, is still on its way."""
         if not self._is_known(tenant_id, completion_id):
             self._traffic.flush()
 
     def _is_known(self, tenant_id: str, completion_id: str) -> bool:
         with self._database.read() as connection:
-            return connection.execute(_record(tenant_id, completion_id)).first() is not None
+            record = connection.execute(_record(tenant_id, completion_id)).one_or_none()
+        return record is not None and record.answer_digest is not None
 
 
 def _insert(connection: Connection, tenant_id: str, opinion: Opinion) -> sa.Row[Any]:
@@ -118,7 +142,7 @@ def _insert(connection: Connection, tenant_id: str, opinion: Opinion) -> sa.Row[
             id=new_id("fb"),
             tenant_id=tenant_id,
             completion_id=opinion.completion_id,
-            user_digest=_user_digest(tenant_id, opinion.user),
+            user_digest=user_digest(tenant_id, opinion.user),
             represents_unit=False,
             created_at=epoch_now(),
             updated_at=epoch_now(),
@@ -128,8 +152,11 @@ def _insert(connection: Connection, tenant_id: str, opinion: Opinion) -> sa.Row[
     return connection.execute(_mine(tenant_id, opinion)).one()
 
 
-def _replace(connection: Connection, before: sa.Row[Any], opinion: Opinion) -> None:
-    """The new word for the old one, in the entry and in the sums of its experiment."""
+def _replace(connection: Connection, before: sa.Row[Any], opinion: Opinion) -> bool:
+    """The new word for the old one, in the entry, in the sums of its experiment and in its version's quality; whether
+    that is now known to have fallen."""
+    correct = _correct(connection, before, opinion)
+    fell = judge(connection, before, correct, opinion.rating)
     represents = before.represents_unit or (opinion.rating is not None and _is_first_of_unit(connection, before))
     connection.execute(
         feedback.update()
@@ -138,18 +165,30 @@ def _replace(connection: Connection, before: sa.Row[Any], opinion: Opinion) -> N
             rating=opinion.rating,
             label=opinion.label,
             corrected=opinion.corrected,
+            correct=correct,
             represents_unit=represents,
             updated_at=epoch_now(),
         )
     )
     if before.experiment_id is None:
-        return
+        return fell
     arm = Arm(before.arm)
     added = {(before.experiment_id, arm, Measure.RATING): _change(before.rating, opinion.rating)}
     if represents:
         was = before.rating if before.represents_unit else None
         added[before.experiment_id, arm, Measure.DOWN] = _change(_down(was), _down(opinion.rating))
     add_measures(connection, added)
+    return fell
+
+
+def _correct(connection: Connection, entry: sa.Row[Any], opinion: Opinion) -> float | None:
+    """1 when the answer is what it should have been; None when nobody says, or when there was not one whole answer."""
+    expected = opinion.label if opinion.corrected is None else opinion.corrected
+    if expected is None:
+        return None
+    query = _record(entry.tenant_id, entry.completion_id).with_only_columns(completions.c.answer_digest)
+    digest = connection.execute(query).scalar()
+    return None if digest is None else float(digest == answer_digest(entry.completion_id, expected))
 
 
 def _is_first_of_unit(connection: Connection, entry: sa.Row[Any]) -> bool:
@@ -172,8 +211,7 @@ def _change(before: float | None, after: float | None) -> Moments:
 
 
 def _check_capture(connection: Connection, tenant_id: str) -> None:
-    capture = sa.select(tenant_settings.c.capture).where(tenant_settings.c.tenant_id == tenant_id)
-    if not connection.execute(capture).scalar():
+    if not choices_of(connection, tenant_id).capture:
         raise InvalidRequestError(
             "'corrected' is text to be stored, and you have not turned that on: PUT /v1/settings with"
             " {\"capture\": true} first, or send 'rating' or 'label' alone.",
@@ -190,12 +228,8 @@ def _mine(tenant_id: str, opinion: Opinion) -> sa.Select[Any]:
     return sa.select(feedback).where(
         feedback.c.tenant_id == tenant_id,
         feedback.c.completion_id == opinion.completion_id,
-        feedback.c.user_digest == _user_digest(tenant_id, opinion.user),
+        feedback.c.user_digest == user_digest(tenant_id, opinion.user),
     )
-
-
-def _user_digest(tenant_id: str, user: str | None) -> str:
-    return hashlib.sha256(f"{tenant_id}\0{user}".encode()).hexdigest() if user is not None else ""
 
 
 def _entry(row: sa.Row[Any]) -> FeedbackEntry:

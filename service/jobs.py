@@ -73,18 +73,18 @@ class Jobs:
 
         Raises InvalidRequestError for a file that is missing or not for fine-tuning.
         """
-        if spec.alias is not None:
-            check_alias_name(spec.alias, spec.base_model)
         with self._database.begin() as connection:
             lock_tenant(connection, tenant_id)
             twin = _find_twin(connection, tenant_id, idempotency)
             if twin is not None:
                 return twin
-            _require_files(connection, tenant_id, spec)
-            job_id = _insert(connection, tenant_id, spec, idempotency)
-            job = _get(connection, tenant_id, job_id)
+            job = queue_job(connection, tenant_id, spec, idempotency)
         self._report(JobStatus.QUEUED)
         return job
+
+    def queued(self) -> None:
+        """Somebody queued a job in a transaction of their own, which is committed."""
+        self._report(JobStatus.QUEUED)
 
     def get(self, tenant_id: str, job_id: str) -> Job:
         with self._database.read() as connection:
@@ -185,6 +185,14 @@ class Jobs:
     def _report(self, state: JobStatus) -> None:
         if self._observer is not None:
             self._observer.job_entered(state)
+
+
+def queue_job(connection: Connection, tenant_id: str, spec: JobSpec, idempotency: Idempotency) -> Job:
+    """A new job, in the transaction of a caller who holds `lock_tenant`. Raises what `create` raises."""
+    if spec.alias is not None:
+        check_alias_name(spec.alias, spec.base_model)
+    _require_files(connection, tenant_id, spec)
+    return _get(connection, tenant_id, _insert(connection, tenant_id, spec, idempotency))
 
 
 def _find_twin(connection: Connection, tenant_id: str, idempotency: Idempotency) -> Job | None:

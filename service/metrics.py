@@ -6,7 +6,7 @@ One registry per `Metrics`, none global. Histograms carry no tenant: that would 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -162,9 +162,15 @@ class Metrics:
     def shadow_ended(self, outcome: str) -> None:
         self._shadow_requests.labels(outcome).inc()
 
-    def feedback_given(self, rating: float | None) -> None:
+    def feedback_given(self, tenant_id: str, rating: float | None) -> None:
         kind = "none" if rating is None else "up" if rating > 0 else "down" if rating < 0 else "neutral"
         self._feedback.labels(kind).inc()
+        with self._tenant_labels.label(tenant_id, counts=False) as label:
+            self._tenant_feedback.labels(label).inc()
+
+    def retraining_moved(self, trigger: str, outcome: str) -> None:
+        """A proposal was made, started, dismissed or failed, or lacks examples (insufficient)."""
+        self._retraining_proposals.labels(trigger, outcome).inc()
 
     def completion_record_dropped(self) -> None:
         self._completion_records_dropped.inc()
@@ -178,6 +184,10 @@ class Metrics:
 
     def watch_leases(self, max_lease_age_seconds: Callable[[], float]) -> None:
         self.registry.register(_Scrape(lambda: _lease_gauges(max_lease_age_seconds())))
+
+    def watch_quality(self, accuracies: Callable[[], Mapping[str, float]]) -> None:
+        """Of tenants with a label of their own; a tenant that is not among them has no series, and never a 0."""
+        self.registry.register(_Scrape(lambda: _quality_gauges(accuracies(), self._tenant_labels)))
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """The text of a scrape and its content type; OpenMetrics, with exemplars, when `accept` says so."""
@@ -244,6 +254,10 @@ class Metrics:
         self._canary_ends = self._counter("canary_ends", "Canaries that ended by themselves.", "outcome", "reason")
         self._shadow_requests = self._counter("shadow_requests", "Copies of requests for shadows.", "outcome")
         self._feedback = self._counter("feedback", "Feedback taken.", "rating")
+        self._tenant_feedback = self._counter("tenant_feedback", "Feedback that a tenant's users gave.", "tenant")
+        self._retraining_proposals = self._counter(
+            "retraining_proposals", "What became of proposals to retrain.", "trigger", "outcome"
+        )
         self._completion_records_dropped = self._counter(
             "completion_records_dropped", "Answers that feedback cannot refer to: the database was too slow."
         )
@@ -259,6 +273,7 @@ class Metrics:
 
     def _remove_label(self, label: str) -> None:
         self._tenant_requests.remove(label)
+        self._tenant_feedback.remove(label)
 
 
 class _Scrape:
@@ -298,6 +313,16 @@ def _engine_gauges(stats: EngineStats) -> Iterator[Metric]:
 
 def _lease_gauges(age_seconds: float) -> Iterator[Metric]:
     yield _gauge("rootstock_lease_age_seconds_max", "Since the stalest running job's heartbeat.", age_seconds)
+
+
+def _quality_gauges(accuracies: Mapping[str, float], labels: TenantLabels) -> Iterator[Metric]:
+    gauge = GaugeMetricFamily(
+        "rootstock_tenant_accuracy", "Share of judged answers that were right, of the last 30 days.", labels=["tenant"]
+    )
+    for tenant_id, accuracy in accuracies.items():
+        if labels.names(tenant_id):
+            gauge.add_metric([tenant_id], accuracy)
+    yield gauge
 
 
 def _router_gauges(stats: EngineStats) -> Iterator[Metric]:

@@ -235,10 +235,14 @@ completions = Table(
     Column("experiment_id", String(64)),
     Column("arm", String(16)),
     Column("unit", String(32)),
+    Column("answer_digest", String(8)),
     Column("created_at", Float(53), nullable=False, index=True),
     sqlite_autoincrement=True,
 )
-"""Which model gave which answer: what feedback refers to. No text; dropped after the time of retention."""
+"""Which model gave which answer: what feedback refers to. No text; dropped after the time of retention.
+
+`answer_digest`: see `service.answer_digest`; None where there is not one whole answer.
+"""
 
 feedback = Table(
     "feedback",
@@ -258,6 +262,9 @@ feedback = Table(
     Column("arm", String(16)),
     Column("unit", String(32)),
     Column("represents_unit", Boolean, nullable=False),
+    Column("correct", Float(53)),
+    Column("accuracy_block", Integer),
+    Column("rating_block", Integer),
     Column("created_at", Float(53), nullable=False, index=True),
     Column("updated_at", Float(53), nullable=False),
     sa.UniqueConstraint("tenant_id", "completion_id", "user_digest"),
@@ -265,15 +272,121 @@ feedback = Table(
     Index("feedback_by_digest", "tenant_id", "digest", "created_at"),
     sqlite_autoincrement=True,
 )
-"""`represents_unit`: the one rating of its end user that counts in the comparison of a canary."""
+"""`represents_unit`: the one rating of its end user that counts in the comparison of a canary. `correct` is 1 or 0;
+the blocks are those of `quality_blocks` in which this entry counts."""
 
 tenant_settings = Table(
     "tenant_settings",
     metadata,
     _tenant_column(primary_key=True),
     Column("capture", Boolean, nullable=False, default=False),
+    Column("capture_days", Integer, nullable=False),
+    Column("retraining", String(16), nullable=False),
 )
 """What a tenant has chosen; without a row, the defaults."""
+
+captures = Table(
+    "captures",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    _tenant_column(),
+    Column("user_digest", String(64), nullable=False),
+    Column("model", String(512), nullable=False),
+    Column("prompt", sa.JSON, nullable=False),
+    Column("answer", Text, nullable=False),
+    Column("bytes", Integer, nullable=False),
+    Column("created_at", Float(53), nullable=False),
+    Index("captures_by_tenant", "tenant_id", "seq"),
+    sqlite_autoincrement=True,
+)
+"""Prompts and answers of tenants that consented, by the completion's id. The only table with text of requests, beside
+`feedback.corrected`."""
+
+quality_streams = Table(
+    "quality_streams",
+    metadata,
+    _tenant_column(primary_key=True),
+    Column("model", String(512), primary_key=True),
+    Column("digest", String(64)),
+    Column("created_at", Float(53), nullable=False),
+    Column("fell_at", Float(53)),
+    Column("reason", Text),
+    Column("told_at", Float(53)),
+)
+"""Every version that somebody judged; `told_at`: retraining has heard that its quality fell."""
+
+quality_blocks = Table(
+    "quality_blocks",
+    metadata,
+    _tenant_column(primary_key=True),
+    Column("model", String(512), primary_key=True),
+    Column("measure", String(16), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("count", Integer, nullable=False),
+    Column("total", Float(53), nullable=False),
+    Column("updated_at", Float(53), nullable=False, index=True),
+)
+"""Judged answers in the order of their first judgement, summed up in blocks; the first ones are the baseline."""
+
+_OPEN_RETRAINING = sa.text("state IN ('collecting', 'insufficient', 'checking', 'proposed')")
+
+retraining_proposals = Table(
+    "retraining_proposals",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    _tenant_column(),
+    Column("target", String(512), nullable=False),
+    Column("model", String(512), nullable=False),
+    Column("digest", String(64)),
+    Column("alias", String(64)),
+    Column("trigger", String(16), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("options", sa.JSON, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("revision", Integer, nullable=False, default=0),
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("seed", Integer, nullable=False),
+    Column("missing", Text),
+    Column("counts", sa.JSON(none_as_null=True)),
+    Column("training_file", String(64)),
+    Column("validation_file", String(64)),
+    Column("original_job", String(64)),
+    Column("report", sa.JSON(none_as_null=True)),
+    Column("estimate", sa.JSON(none_as_null=True)),
+    Column("error", sa.JSON(none_as_null=True)),
+    Column("job_id", String(64), index=True),
+    Column("created_at", Float(53), nullable=False),
+    Column("collected_at", Float(53)),
+    Column("texts_until", Float(53)),
+    Column("erased", Boolean, nullable=False, default=False),
+    Column("started_at", Float(53)),
+    Column("ended_at", Float(53)),
+    Index("retraining_by_tenant", "tenant_id", "seq"),
+    Index("retraining_by_state", "state"),
+    Index(
+        "one_open_retraining",
+        *("tenant_id", "target"),
+        unique=True,
+        sqlite_where=_OPEN_RETRAINING,
+        postgresql_where=_OPEN_RETRAINING,
+    ),
+    sqlite_autoincrement=True,
+)
+"""`target` is the alias that a job would follow, or else the model. Every write is fenced by `revision`; `model` and
+`digest` are what a job would go on from, `original_job` whose files are taken along. `texts_until`: when the first of
+the captures in its files would have gone by itself; `erased`: no text of captures is left in what was made of them."""
+
+retraining_events = Table(
+    "retraining_events",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("proposal_id", ForeignKey("retraining_proposals.id", ondelete="CASCADE"), nullable=False, index=True),
+    Column("created_at", Float(53), nullable=False),
+    Column("message", Text, nullable=False),
+    sqlite_autoincrement=True,
+)
 
 
 gate_policies = Table(

@@ -27,10 +27,16 @@ class TenantLabels:
         self._forgotten: set[str] = set()
 
     @contextmanager
-    def label(self, tenant_id: str) -> Iterator[str]:
-        """The label to count one event of this tenant under; it is not removed before the block ends."""
+    def label(self, tenant_id: str, *, counts: bool = True) -> Iterator[str]:
+        """The label to count one event of this tenant under; it is not removed before the block ends. An event that
+        does not count makes nobody busier."""
         with self._lock:
-            yield self._choose(tenant_id)
+            yield self._choose(tenant_id) if counts else tenant_id if tenant_id in self._named else OTHER
+
+    def names(self, tenant_id: str) -> bool:
+        """Whether the tenant has a label of its own now."""
+        with self._lock:
+            return tenant_id in self._named
 
     def shown(self, tenant_id: str) -> str:
         """The label of a gauge, which counts nothing: the tenant's own if it has one or there is room."""

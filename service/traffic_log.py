@@ -1,4 +1,5 @@
-"""What was answered, on its way to the database: written in batches, by a thread of its own. Knows no HTTP, no text.
+"""What was answered, on its way to the database: written in batches, by a thread of its own. Knows no HTTP, and text
+only of tenants that consented.
 
 Nothing here makes a request wait: `completed` and `observed` only append. A crash loses what came in within the last
 `flush_seconds`; when the database cannot be written, batches wait here up to `max_pending` completions, then new
@@ -10,13 +11,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import sqlalchemy as sa
 import structlog
 from sqlalchemy.engine import Connection
 
+from service.captures import CaptureRoom, Exchange
 from service.database import Database
+from service.erasure import forget_old
 from service.experiment import Arm, Measure
 from service.experiment_rows import MeasureKey, add_measures
 from service.intervals import Moments
@@ -28,6 +31,8 @@ log = structlog.get_logger("service.traffic_log")
 PURGE_SECONDS = 600.0
 PURGE_ROWS = 5000
 """Rows deleted in one transaction: others want to write, too."""
+
+MAX_PENDING_CAPTURE_BYTES = 32 * 1024 * 1024
 
 DAY = 86400.0
 
@@ -46,23 +51,38 @@ class CompletionRecord:
 
 
 @dataclass(frozen=True)
+class WholeAnswer:
+    """What may be kept of an answer that has ended: enough to compare it (`service.answer_digest`); and the exchange
+    itself, if the tenant consents."""
+
+    completion_id: str
+    tenant_id: str
+    digest: str
+    exchange: Exchange | None = None
+
+
+@dataclass(frozen=True)
 class Retention:
-    """How long things are kept. With no `completions_days`, no completion is recorded at all."""
+    """How long things are kept. With no `completions_days`, no completion is recorded at all. A tenant's captures take
+    at most `capture_bytes`; for how many days, each tenant decides."""
 
     completions_days: float = 30.0
     max_completions: int = 1_000_000
     feedback_days: float = 365.0
+    capture_bytes: int = 64 * 1024 * 1024
 
 
 @dataclass
 class _Batch:
     records: list[CompletionRecord] = field(default_factory=list)
+    answers: dict[str, WholeAnswer] = field(default_factory=dict)
+    capture_bytes: int = 0
     measures: dict[MeasureKey, Moments] = field(default_factory=dict)
     tenants: set[str] = field(default_factory=set)
     experiments: set[str] = field(default_factory=set)
 
     def __bool__(self) -> bool:
-        return bool(self.records or self.experiments)
+        return bool(self.records or self.answers or self.experiments)
 
     def add(self, tenant_id: str, experiment_id: str, measures: Mapping[MeasureKey, Moments]) -> None:
         self.tenants.add(tenant_id)
@@ -73,6 +93,8 @@ class _Batch:
     def precede(self, later: _Batch) -> None:
         """Take in what came later."""
         self.records += later.records
+        self.answers |= later.answers
+        self.capture_bytes += later.capture_bytes
         self.tenants |= later.tenants
         self.experiments |= later.experiments
         for key, moments in later.measures.items():
@@ -95,6 +117,7 @@ class TrafficLog:
         self._retention = retention
         self._judge = judge
         self._on_dropped = on_dropped
+        self._room = CaptureRoom(retention.capture_bytes)
         self._flush_seconds = flush_seconds
         self._max_pending = max_pending
         self._lock = threading.Lock()  # of the batch, held for an append
@@ -133,6 +156,23 @@ class TrafficLog:
                 return
         self._on_dropped()
 
+    def answered(self, answer: WholeAnswer) -> None:
+        """A completion on record has ended. Its exchange is left out when too much waits already."""
+        if not self.records_completions:
+            return
+        with self._lock:
+            batch = self._batch
+            if len(batch.answers) >= self._max_pending:
+                return
+            if (exchange := answer.exchange) is not None:
+                if batch.capture_bytes > MAX_PENDING_CAPTURE_BYTES:
+                    answer = replace(answer, exchange=None)
+                else:
+                    batch.capture_bytes += exchange.num_bytes
+            batch.answers[answer.completion_id] = answer
+            batch.tenants.add(answer.tenant_id)
+            self._pending.set()
+
     def observed(self, tenant_id: str, experiment_id: str, values: Mapping[tuple[Arm, Measure], float]) -> None:
         """What one answer adds to an experiment's measures."""
         added = {(experiment_id, *key): Moments(1, value, value * value) for key, value in values.items()}
@@ -158,7 +198,7 @@ class TrafficLog:
                 return
             try:
                 with self._database.begin() as connection:
-                    _write(connection, batch)
+                    _write(connection, batch, self._room)
             except sa.exc.OperationalError as error:  # locked or not there: it may come back
                 log.warning("traffic_log_waits", num_records=len(batch.records), reason=type(error.orig).__name__)
                 with self._lock:
@@ -176,6 +216,8 @@ class TrafficLog:
         too_old = completions.c.created_at < epoch_now() - kept.completions_days * DAY
         self._delete(completions, sa.or_(too_old, completions.c.seq <= newest - kept.max_completions))
         self._delete(feedback, feedback.c.created_at < epoch_now() - kept.feedback_days * DAY)
+        with self._database.begin() as connection:
+            forget_old(connection)
 
     def _delete(self, table: sa.Table, condition: sa.ColumnElement[bool]) -> None:
         some = sa.select(table.c.seq).where(condition).limit(PURGE_ROWS)
@@ -197,17 +239,30 @@ class TrafficLog:
                 log.exception("traffic_log_failed")
 
 
-def _write(connection: Connection, batch: _Batch) -> None:
+def _write(connection: Connection, batch: _Batch, room: CaptureRoom) -> None:
     """Tenants first, in one order, as whoever deletes one does; what belongs to a deleted one is left out."""
     named = sa.select(tenants.c.id).where(tenants.c.id.in_(batch.tenants)).order_by(tenants.c.id)
     alive = set(connection.execute(named.with_for_update(read=True, key_share=True)).scalars())
-    rows = [_row(record) for record in batch.records if record.tenant_id in alive]
+    rows = [_row(record, batch.answers.get(record.id)) for record in batch.records if record.tenant_id in alive]
     if rows:
         connection.execute(completions.insert(), rows)
+    answers = [answer for answer in batch.answers.values() if answer.tenant_id in alive]
+    written = {record.id for record in batch.records}
+    later = [answer for answer in answers if answer.completion_id not in written]
+    if later:
+        connection.execute(_LATER, [{"answered": one.completion_id, "hashed": one.digest} for one in later])
+    room.write(connection, [answer.exchange for answer in answers if answer.exchange is not None])
     add_measures(connection, batch.measures)
 
 
-def _row(record: CompletionRecord) -> dict[str, object]:
+_LATER = (
+    completions.update()
+    .where(completions.c.id == sa.bindparam("answered"))
+    .values(answer_digest=sa.bindparam("hashed"))
+)
+
+
+def _row(record: CompletionRecord, answer: WholeAnswer | None) -> dict[str, object]:
     trial = record.trial
     return {
         "id": record.id,
@@ -218,5 +273,6 @@ def _row(record: CompletionRecord) -> dict[str, object]:
         "experiment_id": trial.experiment_id if trial else None,
         "arm": trial.arm if trial else None,
         "unit": trial.unit if trial else None,
+        "answer_digest": answer.digest if answer else None,
         "created_at": record.created_at,
     }

@@ -25,6 +25,7 @@ EXPORTED_BY_THE_ENGINE = {
     "rootstock_drift_statistic_ratio",
     "rootstock_drift_state",
     "rootstock_drift_samples",
+    "rootstock_tenant_accuracy",
 }
 
 

@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse, Response
 from adapters.errors import AdapterError
 from service.api.answer_watch import AnswerWatch
 from service.api.generation import Generation, unless_disconnected
+from service.api.keepsake import Keepsake
 from service.api.schemas import GenerationParams
 from service.api.services import Services
 from service.api.sse import DONE, EventStream, event
@@ -100,7 +101,8 @@ class _TokenCount:
 
 @dataclass(frozen=True)
 class Ask:
-    """A request, understood: whose, which model answers, how to sample, and the prompts as tokens."""
+    """A request, understood: whose, which model answers, how to sample, and the prompts as tokens; `keepsake` is what
+    may be kept of it."""
 
     operation: str
     head: Head
@@ -110,6 +112,7 @@ class Ask:
     prompts: Sequence[tuple[int, ...]]
     max_tokens: int | None
     logprobs: int | None
+    keepsake: Keepsake | None = None
     grammar: AnyGrammar | None = None
     turn: Turn | None = None
     """What the watch for drift has to know of a conversation's first turn; None for a later one."""
@@ -181,7 +184,7 @@ async def answer(request: Request, services: Services, ask: Ask, shape: AnswerSh
     tap = services.drift.tap(ask.tenant.id, ask.model, ask.turn, ask.prompts[0]) if services.drift else None
     requests = ask.requests(services.settings.request_timeout_seconds, measure=tap is not None)
     generation = Generation(services.engine, services.metrics, requests, origin)
-    watch = AnswerWatch(services.rollout, ask.head.id, ask.tenant.id, ask.route, requests, tap)
+    watch = AnswerWatch(services.rollout, ask.head.id, ask.tenant.id, ask.route, requests, ask.keepsake, tap)
     headers = watch.headers
     if ask.model.digest is not None:
         headers["x-rootstock-adapter"] = ask.model.digest

@@ -10,6 +10,9 @@ import time
 from collections.abc import Sequence
 
 from adapters.errors import AdapterError
+from service.answer_digest import answer_digest
+from service.api.keepsake import Keepsake
+from service.captures import MAX_EXCHANGE_BYTES, Exchange
 from service.drift_intake import DriftTap
 from service.engine.sequence import FinishReason, GenerationRequest, OutputChunk
 from service.errors import ClientDisconnectedError, DeadlineExceededError, GenerationFailedError
@@ -17,11 +20,12 @@ from service.experiment import Arm, Measure
 from service.rollout import Rollout
 from service.routing import Route
 from service.shadows import Answered, Shadows
-from service.traffic_log import CompletionRecord
+from service.traffic_log import CompletionRecord, WholeAnswer
 
 
 class AnswerWatch:
-    """Of one request. `is_watching`: whether its chunks are wanted: by an experiment, or by the watch for drift."""
+    """Of one request. `is_watching`: whether its chunks are wanted: by an experiment, for later feedback, or by the
+    watch for drift."""
 
     def __init__(
         self,
@@ -30,6 +34,7 @@ class AnswerWatch:
         tenant_id: str,
         route: Route,
         requests: Sequence[GenerationRequest],
+        keepsake: Keepsake | None = None,
         tap: DriftTap | None = None,
     ) -> None:
         """`tap` is the watch for drift's; it hears of the first choice."""
@@ -41,7 +46,10 @@ class AnswerWatch:
         shadow = route.shadow
         self._shadow = shadow if shadow is not None and Shadows.wants(shadow, completion_id) else None
         self._tap = tap
-        self.is_watching = route.trial is not None or self._shadow is not None or tap is not None
+        self._keepsake = keepsake
+        self._texts: list[str] | None = [] if len(requests) == 1 and rollout.traffic.records_completions else None
+        self._is_compared = route.trial is not None or self._shadow is not None
+        self.is_watching = self._is_compared or self._texts is not None or tap is not None
         self._start = time.perf_counter()
         self._answered = Answered()
         self._num_tokens = 0
@@ -64,8 +72,10 @@ class AnswerWatch:
         if index == 0:
             if self._tap is not None:
                 self._tap.add(chunk)
-            if self._shadow is not None:
+            if self._is_compared:
                 self._answered.add(chunk)
+        if self._texts is not None:
+            self._texts.append(chunk.text)
         if chunk.finish_reason is not None:
             self._num_tokens += chunk.num_output_tokens
             self._num_cut += chunk.finish_reason is FinishReason.LENGTH
@@ -90,6 +100,18 @@ class AnswerWatch:
             )
         if self._shadow is not None:
             self._rollout.shadows.offer(self._shadow, self._original, self._answered)
+        if self._texts is not None:
+            self._remember("".join(self._texts))
+
+    def _remember(self, text: str) -> None:
+        """What feedback will be compared with; and the text itself, where the tenant lets it be kept."""
+        exchange = None
+        if self._keepsake is not None and text:
+            kept, model = self._keepsake, self._route.model.id
+            exchange = Exchange(self._id, self._tenant_id, kept.user_digest, model, kept.prompt, text, time.time())
+            exchange = exchange if exchange.num_bytes <= MAX_EXCHANGE_BYTES else None
+        digest = answer_digest(self._id, text)
+        self._rollout.traffic.answered(WholeAnswer(self._id, self._tenant_id, digest, exchange))
 
     def failed(self, error: BaseException) -> None:
         """It ended otherwise. Only what the model or the service did counts as an error of the arm."""

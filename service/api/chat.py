@@ -13,6 +13,7 @@ from fastapi.responses import Response
 from service.api.answer import Ask, Choice, Head, Usage, answer
 from service.api.auth import TenantDep
 from service.api.end_user import end_user
+from service.api.keepsake import keepsake
 from service.api.logprobs import chat_logprobs
 from service.api.schemas import ChatRequest
 from service.api.services import Services, ServicesDep
@@ -55,6 +56,7 @@ def _understand(body: ChatRequest, who: Callable[[], str], tenant: Tenant, servi
         prompts=[tuple(_render(body, services))],
         max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        keepsake=keepsake(services.rollout, tenant.id, body),
     )
     ask.check_lengths(services.base.max_model_len, "messages")
     return ask

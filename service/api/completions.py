@@ -14,6 +14,7 @@ from fastapi.responses import Response
 from service.api.answer import Ask, Choice, Head, Usage, answer
 from service.api.auth import TenantDep
 from service.api.end_user import end_user
+from service.api.keepsake import keepsake
 from service.api.logprobs import legacy_logprobs
 from service.api.schemas import CompletionRequest
 from service.api.services import Services, ServicesDep
@@ -61,6 +62,7 @@ def _understand(
         prompts=[_tokens(prompt, services) for prompt in body.prompt],
         max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS,
         logprobs=body.logprobs,
+        keepsake=keepsake(services.rollout, tenant.id, body),
     )
     ask.check_lengths(services.base.max_model_len, "prompt")
     return ask, format_source(body.response_format, body.structured_outputs)

@@ -67,6 +67,7 @@ def feedback_body(entry: FeedbackEntry) -> dict[str, Any]:
         "rating": entry.rating,
         "label": entry.label,
         "corrected": entry.corrected,
+        "correct": None if entry.correct is None else entry.correct == 1.0,
         "created_at": int(entry.created_at),
         "updated_at": int(entry.updated_at),
     }

@@ -11,6 +11,7 @@ from service.api import (
     admin,
     aliases,
     canaries,
+    captures,
     chat,
     completions,
     drift,
@@ -21,6 +22,8 @@ from service.api import (
     gate_policy,
     merges,
     models,
+    quality,
+    retraining,
     settings,
 )
 
@@ -41,6 +44,9 @@ ROUTERS: Sequence[APIRouter] = tuple(
         feedback,
         drift,
         settings,
+        quality,
+        captures,
+        retraining,
         admin,
     )
 )

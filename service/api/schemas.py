@@ -3,8 +3,8 @@
 A field this service does not know is a 400 that names it. A field of OpenAI's that is not supported yet is
 accepted only at a value that asks for nothing (`tools: null`, `best_of: 1`), listed in `unsupported`.
 Accepted and without effect, because nothing observable would differ: `metadata`, `prompt_cache_key` and
-`prompt_cache_retention` (hints), `store: false`, `service_tier: auto | default`. `user` and `safety_identifier` only
-say on which side of an alias's canary a request is.
+`prompt_cache_retention` (hints), `service_tier: auto | default`. `user` and `safety_identifier` say on which side of an
+alias's canary a request is, and whose text it is where the tenant lets text be kept; `store: false` keeps none of it.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class GenerationParams(WireModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    store: bool | None = None
     logit_bias: LogitBias = None
     response_format: ResponseFormat | None = None
 
@@ -194,7 +195,6 @@ class ChatRequest(GenerationParams, ToolParams):
         "prediction": (),
         "prompt_cache_options": (),
         "reasoning_effort": ("none",),
-        "store": (False,),
         "verbosity": (),
         "web_search_options": (),
     }

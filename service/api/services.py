@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from service.merges import Merges
     from service.metrics import Metrics
     from service.registry import Registry
+    from service.retraining import Retraining
     from service.rollout import Rollout
     from service.tenants import Tenants
 
@@ -46,6 +47,7 @@ class Services:
     registry: Registry
     store: AdapterStore
     rollout: Rollout
+    retraining: Retraining
     merges: Merges | None = None
     drift: DriftWatch | None = None
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter
+from pydantic import Field
 
 from service.api.auth import TenantDep
 from service.api.services import ServicesDep
 from service.api.wire import WireModel
-from service.tenant_settings import TenantChoices
+from service.tenant_settings import MAX_CAPTURE_DAYS, RetrainingPolicy, TenantChoices
 
 router = APIRouter(prefix="/v1/settings", tags=["settings"])
 
 
 class SettingsRequest(WireModel):
-    capture: bool
+    """What is left out stays as it is."""
+
+    capture: bool | None = None
+    capture_days: int | None = Field(None, ge=1, le=MAX_CAPTURE_DAYS)
+    retraining: Literal["off", "propose", "auto"] | None = None
 
 
 @router.get("")
@@ -26,8 +31,19 @@ def get_settings(tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
 @router.put("")
 def set_settings(body: SettingsRequest, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
     """Turning `capture` off also erases the texts that were captured."""
-    return settings_body(services.rollout.settings.set(tenant.id, TenantChoices(capture=body.capture)))
+    policy = None if body.retraining is None else RetrainingPolicy(body.retraining)
+    changed = services.rollout.settings.change(
+        tenant.id, capture=body.capture, capture_days=body.capture_days, retraining=policy
+    )
+    services.files.remove_expired()
+    services.retraining.wake()
+    return settings_body(changed)
 
 
 def settings_body(choices: TenantChoices) -> dict[str, Any]:
-    return {"object": "settings", "capture": choices.capture}
+    return {
+        "object": "settings",
+        "capture": choices.capture,
+        "capture_days": choices.capture_days,
+        "retraining": choices.retraining,
+    }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from service.cli import adapters, data, serve, tenants, tune
+from service.cli import adapters, data, retraining, serve, tenants, tune
 
 app = typer.Typer(
     name="rootstock",
@@ -22,6 +22,7 @@ app.command("tune")(tune.tune)
 app.add_typer(tenants.app, name="tenants")
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(data.app, name="data")
+app.add_typer(retraining.app, name="retraining")
 
 
 def main() -> None:

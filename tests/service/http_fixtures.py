@@ -41,6 +41,9 @@ from service.estimates import Estimates
 from service.health import Health
 from service.merges import Merges
 from service.metrics import Metrics
+from service.retraining import Retraining
+from service.retraining_data import RetrainingFiles
+from service.retraining_worker import RetrainingWorker
 from service.rollout import Rollout, open_rollout
 from tests.fakes import FakeEngine
 from tests.service.control_fixtures import Control, make_control
@@ -61,6 +64,9 @@ class Served:
     metrics: Metrics
     health: Health
     rollout: Rollout
+    retraining: Retraining
+    proposing: RetrainingWorker
+    """Does nothing by itself: tests call `work`."""
     api: FastAPI
     drift: DriftWatch | None
     closing: ExitStack
@@ -146,6 +152,17 @@ def serve_fake(directory: Path, monitors: Monitors | None = None, **settings: ob
         store = AdapterStore(str(directory / "adapters"), directory / "cache")
         health = Health(chosen.stall_seconds)
         health.watch(cast(Engine, engine))
+        data_reports = stack.enter_context(closing(DataReports(control.files, engine.base)))
+        estimates = Estimates(
+            control.files,
+            store,
+            control.jobs,
+            cast(BaseModel, engine.base),
+            max_rank=chosen.max_lora_rank,
+        )
+        retraining = Retraining(database, control.registry, control.jobs, metrics)
+        builder = RetrainingFiles(control.files, engine.base, engine.base.max_model_len)
+        proposing = RetrainingWorker(retraining, control.files, builder, data_reports, estimates)
         services = Services(
             settings=chosen,
             admin_key=SecretStr(ADMIN_KEY),
@@ -156,29 +173,45 @@ def serve_fake(directory: Path, monitors: Monitors | None = None, **settings: ob
             metrics=metrics,
             tenants=control.tenants,
             files=control.files,
-            data_reports=stack.enter_context(closing(DataReports(control.files, engine.base))),
+            data_reports=data_reports,
             jobs=control.jobs,
-            estimates=Estimates(
-                control.files,
-                store,
-                control.jobs,
-                cast(BaseModel, engine.base),
-                max_rank=chosen.max_lora_rank,
-            ),
+            estimates=estimates,
             registry=control.registry,
             store=store,
             rollout=stack.enter_context(
-                open_rollout(database, control.registry, cast(Engine, engine), metrics, chosen)
+                open_rollout(database, control.registry, cast(Engine, engine), metrics, chosen, retraining)
             ),
             drift=None
             if monitors is None
             else stack.enter_context(
-                open_drift(database, store, cast(Engine, engine), metrics, chosen, monitors=monitors)
+                open_drift(
+                    database,
+                    store,
+                    cast(Engine, engine),
+                    metrics,
+                    chosen,
+                    monitors=monitors,
+                    listeners=[retraining.drift_changed],
+                )
             ),
+            retraining=retraining,
         )
         app = create_app(services)
         api_url, ops_url = stack.enter_context(serve_apps(app, create_ops_app(metrics, health)))
-        yield Served(api_url, ops_url, control, engine, metrics, health, services.rollout, app, services.drift, stack)
+        yield Served(
+            api_url,
+            ops_url,
+            control,
+            engine,
+            metrics,
+            health,
+            services.rollout,
+            retraining,
+            proposing,
+            app,
+            services.drift,
+            stack,
+        )
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from service.engine.grammar_compiler import GrammarCompiler
 from service.estimates import Estimates
 from service.health import Health
 from service.metrics import Metrics
+from service.retraining import Retraining
 from service.rollout import open_rollout
 from tests.adapters.loras import random_lora
 from tests.service.control_fixtures import Control, make_control
@@ -131,6 +132,7 @@ def serve_real(
             store=store,
             rollout=stack.enter_context(open_rollout(database, control.registry, engine, metrics, settings)),
             drift=stack.enter_context(open_drift(database, store, engine, metrics, settings)),
+            retraining=Retraining(database, control.registry, control.jobs, metrics),
         )
         tuned = control.publish(suffix="tuned", digest=ADAPTER)
         ops = create_ops_app(metrics, health)

@@ -165,3 +165,17 @@ def _work(served: Served, succeeds: bool) -> None:
     queue.event(claim, "step 1 of 2, loss 1.500", type=EventType.METRICS, data=data)
     queue.event(claim, "careful", level=EventLevel.WARN)
     served.control.finish(claim)
+
+
+def test_proposals_to_retrain_are_listed_approved_and_dismissed(served: Served, run: Run) -> None:
+    served.control.publish(alias="best")
+    http = served.http()
+    http.put("/v1/settings", json={"capture": True}).raise_for_status()
+    made = http.post("/v1/retraining", json={"model": "best"}).raise_for_status().json()["id"]
+    served.proposing.work()
+    listed = run("retraining", "list").stdout
+    assert made in listed and "insufficient" in listed and "0 of at least 10" in listed
+    refused = run("retraining", "approve", made)
+    assert refused.exit_code == 1 and "0 of at least 10" in refused.stderr
+    assert run("retraining", "dismiss", made).exit_code == 0
+    assert "dismissed" in run("retraining", "list").stdout

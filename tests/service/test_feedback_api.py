@@ -61,7 +61,8 @@ def test_the_last_word_of_each_user_counts(served: Served) -> None:
 def test_corrected_text_is_kept_only_by_consent_and_erased_with_it(served: Served) -> None:
     completion, http = answered(served), served.http()
     opinion = {"completion_id": completion, "corrected": "Good day."}
-    assert http.get("/v1/settings").json() == {"object": "settings", "capture": False}
+    defaults = {"object": "settings", "capture": False, "capture_days": 30, "retraining": "propose"}
+    assert http.get("/v1/settings").json() == defaults
     refused = http.post("/v1/feedback", json=opinion)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "corrected")
     assert "/v1/settings" in refused.json()["error"]["message"] and http.get("/v1/feedback").json()["data"] == []

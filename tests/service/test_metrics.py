@@ -54,6 +54,9 @@ CONTRACT = {
     "rootstock_engine_restarts_total": ("counter", set()),
     "rootstock_tenant_label_overflow_total": ("counter", set()),
     "rootstock_tenant_requests_total": ("counter", {"tenant"}),
+    "rootstock_tenant_feedback_total": ("counter", {"tenant"}),
+    "rootstock_tenant_accuracy": ("gauge", {"tenant"}),
+    "rootstock_retraining_proposals_total": ("counter", {"trigger", "outcome"}),
     "rootstock_requests_running": ("gauge", set()),
     "rootstock_requests_waiting": ("gauge", set()),
     "rootstock_adapters_resident": ("gauge", {"tier"}),
@@ -86,7 +89,9 @@ def metrics() -> Metrics:
     metrics.canary_answered("canary", "success")
     metrics.canary_ended("rolled_back", "error")
     metrics.shadow_ended("compared")
-    metrics.feedback_given(1.0)
+    metrics.feedback_given("tenant-a", 1.0)
+    metrics.watch_quality(lambda: {"tenant-a": 0.75, "tenant-z": 0.5})
+    metrics.retraining_moved("drift", "proposed")
     metrics.job_run_finished("succeeded", 12.0)
     metrics.tokens_trained(100)
     return metrics

@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from service.tables import completions, feedback
-from service.traffic_log import CompletionRecord, Retention, TrafficLog
+from service.traffic_log import CompletionRecord, Retention, TrafficLog, WholeAnswer
 from tests.service.control_fixtures import Control
 
 
@@ -51,6 +51,20 @@ def test_records_past_their_time_or_their_number_are_deleted(control: Control) -
     log.flush()
     log.purge()
     assert ids(control) == ["3", "4", "5"]
+
+
+def test_the_digest_of_an_answer_comes_with_its_record_or_later(control: Control) -> None:
+    log = make(control)
+    for name in ("quick", "slow", "never"):
+        log.completed(record(control, name))
+    log.answered(WholeAnswer("quick", control.acme.id, "aaaa"))
+    log.flush()
+    log.answered(WholeAnswer("slow", control.acme.id, "bbbb"))
+    log.answered(WholeAnswer("never-heard-of", control.acme.id, "cccc"))
+    log.flush()
+    with control.database.read() as connection:
+        found = connection.execute(sa.select(completions.c.id, completions.c.answer_digest)).all()
+    assert {tuple(row) for row in found} == {("quick", "aaaa"), ("slow", "bbbb"), ("never", None)}
 
 
 def test_without_retention_nothing_is_recorded(control: Control) -> None:
