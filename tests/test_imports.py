@@ -16,6 +16,7 @@ CONTRACTS = (
     "the engine reports through a callback",
     "FastAPI stays in app and api",
     "who runs next and what a job is are decided without tensors",
+    "drift is watched in the API's process, without torch",
 )
 
 
@@ -32,6 +33,10 @@ def test_every_import_contract_is_kept() -> None:
 def test_deciding_what_runs_next_loads_no_torch(module: str) -> None:
     """Also what a package's __init__ loads on the way, which the contracts cannot see."""
     assert loaded_beside(module, "torch") == []
+
+
+def test_watching_for_drift_loads_no_torch() -> None:
+    assert loaded_beside("adapters.drift.monitor, adapters.drift.build", "torch", "transformers", "scipy") == []
 
 
 def test_adapters_load_no_web_framework_metrics_or_database() -> None:
