@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from pydantic import SecretStr
@@ -16,6 +18,7 @@ from service.api.tool_format import ToolFormat
 from service.archive import Archive
 from service.config import Settings
 from service.data_reports import DataReports
+from service.drain import Drain
 from service.drift_room import open_drift
 from service.engine.engine_process import EngineProcess
 from service.engine.grammar_compiler import GrammarCompiler
@@ -26,6 +29,7 @@ from service.job_queue import JobQueue
 from service.jobs import Jobs
 from service.merges import merges_in
 from service.metrics import Metrics
+from service.process_memory import resident_bytes
 from service.registry import BaseIdentity, Registry
 from service.retraining import Retraining
 from service.retraining_data import RetrainingFiles
@@ -33,9 +37,12 @@ from service.retraining_worker import RetrainingWorker
 from service.rollout import open_rollout
 from service.tenants import Tenants
 
+if TYPE_CHECKING:
+    from service.tracing.traces import Traces
 
-def create_app(services: Services) -> FastAPI:
-    """The API. It starts and stops nothing: `open_services` does."""
+
+def create_app(services: Services, drain: Drain | None = None, traces: Traces | None = None) -> FastAPI:
+    """The API. It starts and stops nothing: `open_services` does. `drain` tells it that the service is going."""
     app = FastAPI(title="Rootstock", openapi_url=None)  # nothing is shown to who has no key
     app.state.services = services
     for router in ROUTERS:
@@ -46,15 +53,21 @@ def create_app(services: Services) -> FastAPI:
         metrics=services.metrics,
         max_body_bytes=services.settings.max_body_bytes,
         max_file_bytes=services.settings.max_file_bytes,
+        drain=drain or Drain(),
+        traces=traces,
     )
     return app
 
 
 @contextmanager
 def open_services(
-    settings: Settings, metrics: Metrics, admin_key: SecretStr, engine_process: EngineProcess | None = None
+    settings: Settings,
+    metrics: Metrics,
+    admin_key: SecretStr,
+    engine_process: EngineProcess | None = None,
+    traces: Traces | None = None,
 ) -> Iterator[Services]:
-    """Everything the routes need, running; stopped in the opposite order.
+    """Everything the routes need, running; stopped in the opposite order. `traces` are for what trains in this process.
 
     `engine_process` is the engine's, where it has been started already. Takes as long as the base takes to load.
     Raises ServiceError, AdapterError or EngineError with a message for the operator when something cannot be opened.
@@ -63,8 +76,9 @@ def open_services(
         archive = stack.enter_context(Archive.open(settings))
         queue = JobQueue(archive.database, lease_seconds=settings.lease_seconds, observer=metrics)
         metrics.watch_leases(queue.max_lease_age_seconds)
-        engine = stack.enter_context(_engine(settings, archive, metrics, engine_process))
+        engine = stack.enter_context(_engine(settings, archive, metrics, engine_process, traces))
         metrics.watch_engine(engine.stats)
+        metrics.watch_processes(lambda: resident_bytes({"api": os.getpid(), "engine": engine.process_id}))
         base = engine.base
         data_reports = DataReports(archive.files, base)
         stack.callback(data_reports.close)
@@ -119,13 +133,13 @@ def open_services(
 
 @contextmanager
 def _engine(
-    settings: Settings, archive: Archive, metrics: Metrics, started: EngineProcess | None
+    settings: Settings, archive: Archive, metrics: Metrics, started: EngineProcess | None, traces: Traces | None
 ) -> Iterator[ServingEngine]:
     """In a process of its own, or in this one."""
     if not settings.engine_process:
         from service.engine_room import running_engine  # kernels and quantization: 200 MB that the API does without
 
-        with running_engine(settings, archive, metrics) as engine:
+        with running_engine(settings, archive, metrics, traces=traces) as engine:
             yield engine
         return
     remote = RemoteEngine(lambda: EngineProcess(settings), metrics, started)

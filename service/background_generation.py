@@ -85,7 +85,7 @@ def background_chunks(
             check()
             while waiting and len(in_flight) < MAX_IN_FLIGHT:
                 request = requests[waiting[0]]
-                if not _submit(engine, request, chunks):
+                if not _submit(engine, request, chunks, check):
                     break
                 in_flight[request.request_id] = waiting.popleft()
             try:
@@ -96,16 +96,25 @@ def background_chunks(
             if chunk.finish_reason is not None:
                 del in_flight[request_id]
                 if chunk.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
+                    check()  # it may be ending because everything is: then this is no failure
                     raise EngineDeadError(chunk.error or f"the engine ended an answer: {chunk.finish_reason}")
     finally:
         for request_id in in_flight:
             engine.abort(request_id)
 
 
-def _submit(engine: Submitting, request: GenerationRequest, chunks: SimpleQueue[tuple[str, OutputChunk]]) -> bool:
+def _submit(
+    engine: Submitting,
+    request: GenerationRequest,
+    chunks: SimpleQueue[tuple[str, OutputChunk]],
+    check: Callable[[], None],
+) -> bool:
     """False when the engine's queue is full: others come first, try again later."""
     try:
         engine.submit(request, lambda chunk: chunks.put((request.request_id, chunk)))
     except QueueFullError:
         return False
+    except EngineDeadError:
+        check()
+        raise
     return True

@@ -167,6 +167,12 @@ class Settings(BaseSettings):
     stall_seconds: float = Field(
         60.0, ge=1.0, description="/livez fails when there is work but no engine step for so long."
     )
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s/]+",
+        description="Base URL of an OpenTelemetry collector (OTLP over HTTP), e.g. http://collector:4318, for traces of"
+        " requests and jobs; unset, OTEL_EXPORTER_OTLP_ENDPOINT decides, and without that there are none.",
+    )
     router_aliases: bool = Field(False, description="Also export the vllm:* names that inference routers scrape.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
     log_format: Literal["text", "json"] = Field("text", description="Log lines for people or for machines.")

@@ -129,7 +129,7 @@ def page_of(
 def _postgres(url: str) -> Engine:
     scheme, rest = url.split("://", 1)
     driver = scheme if "+" in scheme else "postgresql+psycopg"
-    return sa.create_engine(f"{driver}://{rest}", pool_pre_ping=True, pool_size=10)
+    return sa.create_engine(f"{driver}://{rest}", pool_pre_ping=True, pool_size=10, hide_parameters=True)
 
 
 _MAX_CONNECTIONS = 50
@@ -140,7 +140,8 @@ def _sqlite(url: str) -> Engine:
     if not url.startswith("sqlite:///") or url.endswith(":memory:") or url == "sqlite:///":
         raise DatabaseSetupError(f"'{url}' is no database url: use sqlite:///path or postgresql://…")
     Path(url.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
-    engine = sa.create_engine(url, pool_size=_MAX_CONNECTIONS, max_overflow=0)
+    # a failed statement is logged without its values: what tenants wrote is among them
+    engine = sa.create_engine(url, pool_size=_MAX_CONNECTIONS, max_overflow=0, hide_parameters=True)
     sa.event.listen(engine, "connect", _prepare_sqlite)
     sa.event.listen(engine, "begin", _begin_sqlite)
     return engine

@@ -40,7 +40,7 @@ MAX_PROBES_WAITING, MAX_PROBES_OF_A_STREAM = 256, 16
 
 
 class DriftObserver(Protocol):
-    """Who counts: `service.drift_metrics`."""
+    """Who counts: `service.metrics.drift`."""
 
     def drift_probe_ended(self, outcome: str) -> None: ...
     def drift_probed(self, seconds: float) -> None: ...

@@ -5,6 +5,7 @@ The first message on the socket FD is the Settings. Signals are the parent's bus
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import sys
@@ -24,6 +25,7 @@ from service.engine_room import running_engine
 from service.errors import ServiceError
 from service.job import JobStatus
 from service.log import configure_logging
+from service.tracing.configuration import open_traces
 
 logger = logging.getLogger(__name__)
 
@@ -80,14 +82,16 @@ def main(descriptor: int) -> None:
 
 def _run(settings: Settings, line: Line) -> None:
     host = EngineHost(line)
+    traces = open_traces(settings, "engine")
     with (
+        contextlib.nullcontext() if traces is None else contextlib.closing(traces),
         Archive.open(settings) as archive,
-        running_engine(settings, archive, _Reporter(host), host.flush) as engine,
+        running_engine(settings, archive, _Reporter(host), host.flush, traces) as engine,
     ):
         grammars = GrammarCompiler(engine.base)
         drain_seconds = host.serve(engine, grammars)
-        grammars.close()
         engine.shutdown(drain_seconds)
+        grammars.close()
     host.close()
 
 

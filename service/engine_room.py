@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from adapters.lora_weights import LoraWeights
 from adapters.peft_format import read_adapter
@@ -31,6 +31,9 @@ from service.tuning import TuningObserver, TuningServices
 from service.tuning_pool import TuningPool
 from service.tuning_worker import wait_for_stream, work_clock
 
+if TYPE_CHECKING:
+    from service.tracing.traces import Traces
+
 
 class Observer(EngineObserver, TuningObserver, JobObserver, PaceObserver, Protocol):
     """Hears of everything that happens here."""
@@ -38,9 +41,15 @@ class Observer(EngineObserver, TuningObserver, JobObserver, PaceObserver, Protoc
 
 @contextmanager
 def running_engine(
-    settings: Settings, archive: Archive, observer: Observer, on_delivered: Callable[[], None] = lambda: None
+    settings: Settings,
+    archive: Archive,
+    observer: Observer,
+    on_delivered: Callable[[], None] = lambda: None,
+    traces: Traces | None = None,
 ) -> Iterator[Engine]:
     """An engine on the loaded base, with training beside it where the settings ask for it.
+
+    When the engine shuts down, training and merging begin to stop at once, beside the answers that may finish.
 
     Takes as long as the base takes to load. Raises EngineError or AdapterError with a message for the operator.
     """
@@ -57,19 +66,26 @@ def running_engine(
         engine.start()
         stack.callback(engine.shutdown, 0.0)
         if settings.training:
-            pool = _tuning_pool(settings, archive, base, engine, observer)
+            pool = _tuning_pool(settings, archive, base, engine, observer, traces)
             pool.start()
             stack.callback(pool.stop)
+            engine.before_draining(pool.ask_to_stop)
         merges = merges_in(settings, archive.database)
         if merges is not None:
             merging = MergeWorker(merges, archive.store, base, max_rank=settings.max_lora_rank)
             merging.start()
             stack.callback(merging.stop)
+            engine.before_draining(merging.ask_to_stop)
         yield engine
 
 
 def _tuning_pool(
-    settings: Settings, archive: Archive, base: BaseModel, engine: Engine, observer: Observer
+    settings: Settings,
+    archive: Archive,
+    base: BaseModel,
+    engine: Engine,
+    observer: Observer,
+    traces: Traces | None,
 ) -> TuningPool:
     services = TuningServices(
         queue=JobQueue(archive.database, lease_seconds=settings.lease_seconds, observer=observer),
@@ -82,6 +98,7 @@ def _tuning_pool(
         max_lora_rank=settings.max_lora_rank,
         save_every_seconds=settings.resume_point_seconds,
         drift_run_length=settings.drift_run_length if settings.drift else None,
+        traces=traces,
     )
     gates = training_gates(settings, engine, observer)
     name = f"{socket.gethostname()}-{os.getpid()}"

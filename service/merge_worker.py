@@ -44,9 +44,13 @@ class MergeWorker:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self, timeout_seconds: float = 30.0) -> None:
-        self._stopping.set()
+    def stop(self, timeout_seconds: float = 5.0) -> None:
+        self.ask_to_stop()
         self._thread.join(timeout_seconds)
+
+    def ask_to_stop(self) -> None:
+        """Without waiting."""
+        self._stopping.set()
 
     def run(self, merge: Merge, check: Callable[[], None] = lambda: None) -> None:
         """Bring a claimed merge to an end, whatever happens; the row says which. `check` may raise to stop it."""

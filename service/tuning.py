@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import ceil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -42,11 +42,15 @@ from service.job_queue import FencedWriteError, JobCancelledError, JobQueue
 from service.job_report import report_events, report_on, strict_error
 from service.resume_points import ResumePoints
 from service.run_facts import facts_of_run
+from service.tracing.job_trace import JobTrace
 from service.tuning_data import JobFiles, TuningData
 from service.tuning_estimate import EstimatedRun, comparison_message, estimate_message
 from service.tuning_evaluation import Evaluated, TuningEvaluation
 from service.tuning_plan import TuningPlan, make_plan
 from service.tuning_report import probe_message, score_metrics, step_message, step_metrics, step_metrics_csv
+
+if TYPE_CHECKING:
+    from service.tracing.traces import Traces
 
 logger = logging.getLogger(__name__)
 
@@ -91,13 +95,17 @@ class TuningServices:
     """Of all jobs that train at once; None: each forwards for itself."""
     drift_run_length: float | None = None
     """What drift references promise; None: adapters are published without one."""
+    traces: Traces | None = None
 
 
 class TuningRun:
     """One attempt at one job."""
 
-    def __init__(self, services: TuningServices, claim: Claim, check: Callable[[], None]) -> None:
+    def __init__(
+        self, services: TuningServices, claim: Claim, check: Callable[[], None], trace: JobTrace | None = None
+    ) -> None:
         self._services = services
+        self._trace = trace or JobTrace(claim)
         self._claim = claim
         self._check = check
         self._job = claim.job
@@ -131,18 +139,22 @@ class TuningRun:
         files = JobFiles(
             self._services.files, self._job, self._services.base, self._services.base.max_model_len, self._check
         )
-        data = self._load(files)
+        with self._trace.phase("load_data"):
+            data = self._load(files)
         trainer = self._make_trainer(data)
         self._facts = facts_of_run(self._services.base, self._services.files, self._job, data, trainer)
         run = self._estimate(trainer)
         self._train(trainer, run)
         compared = self._compare(run)
-        made = TuningReference(self._services, self._claim, self._check, self._say).make(files, data)
+        with self._trace.phase("drift_reference"):
+            made = TuningReference(self._services, self._claim, self._check, self._say).make(files, data)
         digest = self._publish(trainer.best_weights(), made)
-        evaluated = TuningEvaluation(self._services, self._claim, self._check, self._say).run(
-            trainer, files, data, digest
-        )
-        self._succeed(trainer, digest, evaluated, compared, made)
+        with self._trace.phase("evaluation"):
+            evaluated = TuningEvaluation(self._services, self._claim, self._check, self._say).run(
+                trainer, files, data, digest
+            )
+        with self._trace.phase("publish"):
+            self._succeed(trainer, digest, evaluated, compared, made)
 
     # -- the phases -------------------------------------------------------------------------------------------
 
@@ -249,6 +261,12 @@ class TuningRun:
         return run
 
     def _train(self, trainer: Trainer, run: EstimatedRun) -> None:
+        with self._trace.training():
+            self._take_steps(trainer, run)
+        if trainer.stopped_early:
+            self._say(f"Stopped early: no better validation loss since step {trainer.best_step}")
+
+    def _take_steps(self, trainer: Trainer, run: EstimatedRun) -> None:
         while True:
             score = None
             if trainer.evaluation_due:
@@ -261,8 +279,7 @@ class TuningRun:
             with run.stepping():
                 result = trainer.step(self._check)
             self._services.observer.tokens_trained(result.num_tokens)
-        if trainer.stopped_early:
-            self._say(f"Stopped early: no better validation loss since step {trainer.best_step}")
+            self._trace.stepped(result.step, result.num_tokens, result.loss)
 
     def _compare(self, run: EstimatedRun) -> dict[str, Any]:
         """The estimate beside the truth."""

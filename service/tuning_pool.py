@@ -50,13 +50,17 @@ class TuningPool:
         for worker in self.workers:
             worker.start()
 
-    def stop(self, timeout_seconds: float = 30.0) -> None:
+    def stop(self, timeout_seconds: float = 10.0) -> None:
         """All are asked before any is waited for: a job stops in the time that one takes."""
         deadline = time.monotonic() + timeout_seconds
-        for worker in self.workers:
-            worker.ask_to_stop()
+        self.ask_to_stop()
         for worker in self.workers:
             worker.stop(max(0.0, deadline - time.monotonic()))
+
+    def ask_to_stop(self) -> None:
+        """Without waiting."""
+        for worker in self.workers:
+            worker.ask_to_stop()
 
     @property
     def alive(self) -> bool:

@@ -13,12 +13,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 
+import structlog
 import torch
 
 from adapters.pausing import pausing
 from adapters.thread_priority import lower_priority
 from service.heartbeat import Heartbeat
 from service.job import Claim
+from service.tracing.job_trace import JobTrace
 from service.training_gate import TrainingGate
 from service.tuning import Outcome, TuningRun, TuningServices
 
@@ -87,19 +89,24 @@ class TuningWorker:
                 self._stopping.wait(self._poll_seconds)
 
     def _run(self, claim: Claim) -> None:
-        extra = {"job_id": claim.job.id, "tenant": claim.job.tenant_id, "attempt": claim.attempt}
-        logger.info("tuning.claimed", extra=extra)
-        started = time.monotonic()
-        self._heartbeat.watch(claim)
-        check = self._heartbeat.check
-        try:
-            with pausing(None if self._gate is None else partial(self._gate.hold, check)):
-                outcome: Outcome = TuningRun(self._services, claim, check).execute()
-        finally:
-            self._heartbeat.unwatch()
-        seconds = time.monotonic() - started
-        self._services.observer.job_run_finished(outcome.value, seconds)
-        logger.info("tuning.run_finished", extra={**extra, "outcome": outcome.value, "seconds": round(seconds, 3)})
+        traces = self._services.traces
+        trace = JobTrace(claim) if traces is None else traces.job(claim)
+        ids = {"job_id": claim.job.id, "tenant": claim.job.tenant_id, "attempt": claim.attempt, **trace.log_ids}
+        with structlog.contextvars.bound_contextvars(**ids):  # whatever is logged in this thread carries them
+            logger.info("tuning.claimed")
+            started = time.monotonic()
+            outcome = Outcome.LOST
+            self._heartbeat.watch(claim)
+            check = self._heartbeat.check
+            try:
+                with pausing(None if self._gate is None else partial(self._gate.hold, check)):
+                    outcome = TuningRun(self._services, claim, check, trace).execute()
+            finally:
+                self._heartbeat.unwatch()
+                trace.ended(outcome.value, failed=outcome is Outcome.FAILED)
+            seconds = time.monotonic() - started
+            self._services.observer.job_run_finished(outcome.value, seconds)
+            logger.info("tuning.run_finished", extra={"outcome": outcome.value, "seconds": round(seconds, 3)})
 
 
 def background_stream(device: torch.device, stream: torch.cuda.Stream | None = None) -> AbstractContextManager[object]:

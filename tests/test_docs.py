@@ -26,6 +26,7 @@ EXPORTED_BY_THE_ENGINE = {
     "rootstock_drift_state",
     "rootstock_drift_samples",
     "rootstock_tenant_accuracy",
+    "rootstock_process_resident_bytes",
 }
 
 

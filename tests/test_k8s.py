@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from service.config import Settings, load_settings
+from service.engine.remote_engine import END_SECONDS
+from service.server import ABANDON_SECONDS
 
 K8S = Path(__file__).resolve().parent.parent / "k8s"
 KUSTOMIZATIONS = sorted(path.parent for path in K8S.rglob("kustomization.yaml"))
@@ -91,7 +93,10 @@ def test_ports_probes_and_service_agree_with_the_settings() -> None:
 def test_running_answers_have_time_to_finish_before_the_pod_is_killed() -> None:
     drain = float(settings_of(K8S / "base" / "settings.env")["ROOTSTOCK_DRAIN_SECONDS"])
     pre_stop = container()["lifecycle"]["preStop"]["sleep"]["seconds"]
-    assert pod_spec()["terminationGracePeriodSeconds"] >= pre_stop + drain + 10
+    assert pod_spec()["terminationGracePeriodSeconds"] >= pre_stop + drain + END_SECONDS + ABANDON_SECONDS
+    assert container()["readinessProbe"]["periodSeconds"] * container()["readinessProbe"]["failureThreshold"] <= drain
+    liveness, stall = container()["livenessProbe"], Settings().stall_seconds
+    assert liveness["periodSeconds"] * liveness["failureThreshold"] <= stall, "noticed within two stalls"
 
 
 def test_one_pod_owns_the_device_and_the_volume() -> None:

@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse, Response
 
 from adapters.errors import AdapterError
 from service.api.answer_watch import AnswerWatch
-from service.api.generation import Generation, unless_disconnected
+from service.api.generation import Generation, asked_by, origin_of, unless_disconnected
 from service.api.keepsake import Keepsake
 from service.api.schemas import GenerationParams
 from service.api.services import Services
@@ -25,9 +25,15 @@ from service.api.sse import DONE, EventStream, event
 from service.drift_intake import Turn
 from service.engine.errors import EngineError
 from service.engine.grammar import AnyGrammar
-from service.engine.sequence import FinishReason, GenerationRequest, OutputChunk, SamplingParams, TokenLogprob
+from service.engine.sequence import (
+    AskedBy,
+    FinishReason,
+    GenerationRequest,
+    OutputChunk,
+    SamplingParams,
+    TokenLogprob,
+)
 from service.errors import InvalidRequestError, ServiceError, wire_error
-from service.metrics import Origin
 from service.routing import ResolvedModel, Route
 from service.tenants import Tenant
 
@@ -134,7 +140,9 @@ class Ask:
                     code="context_length_exceeded",
                 )
 
-    def requests(self, max_seconds: float | None, *, measure: bool) -> list[GenerationRequest]:
+    def requests(
+        self, max_seconds: float | None, *, measure: bool, asked: AskedBy | None = None
+    ) -> list[GenerationRequest]:
         """One engine request per choice; those of the first prompt first. `max_seconds` is the service's own limit.
 
         With `measure` the first one's answer is measured.
@@ -151,6 +159,7 @@ class Ask:
                 priority=self.params.priority or 0,
                 timeout_seconds=min(limits, default=None),
                 measure=measure and index == 0,
+                asked_by=asked,
             )
             for index in range(len(self.prompts) * num_choices)
         ]
@@ -180,9 +189,12 @@ async def answer(request: Request, services: Services, ask: Ask, shape: AnswerSh
 
     Sets `request.state.outcome` for the metrics where the status alone does not tell.
     """
-    origin = Origin(ask.operation, request.state.trace_id)
+    origin = origin_of(request, ask.operation)
     tap = services.drift.tap(ask.tenant.id, ask.model, ask.turn, ask.prompts[0]) if services.drift else None
-    requests = ask.requests(services.settings.request_timeout_seconds, measure=tap is not None)
+    limit = services.settings.request_timeout_seconds
+    requests = ask.requests(limit, measure=tap is not None, asked=asked_by(request))
+    if request.state.trace is not None:
+        request.state.trace.asked(ask.operation, ask.params.model, ask.model.id, ask.head.id, requests)
     generation = Generation(services.engine, services.metrics, requests, origin)
     watch = AnswerWatch(services.rollout, ask.head.id, ask.tenant.id, ask.route, requests, ask.keepsake, tap)
     headers = watch.headers

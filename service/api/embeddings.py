@@ -15,11 +15,11 @@ from fastapi.responses import JSONResponse, Response
 from numpy.typing import NDArray
 
 from service.api.auth import TenantDep
-from service.api.generation import unless_disconnected
+from service.api.generation import asked_by, origin_of, unless_disconnected
 from service.api.schemas import EmbeddingsRequest
 from service.api.services import Services, ServicesDep
 from service.engine.errors import EngineError
-from service.engine.sequence import GenerationRequest, SamplingParams
+from service.engine.sequence import AskedBy, GenerationRequest, SamplingParams
 from service.errors import InvalidRequestError
 from service.metrics import Origin
 from service.routing import ResolvedModel
@@ -40,6 +40,7 @@ router = APIRouter(tags=["embeddings"])
 class _Ask:
     """A request, understood."""
 
+    id: str
     model: ResolvedModel
     requests: Sequence[GenerationRequest]
 
@@ -52,13 +53,15 @@ class _Ask:
 async def create_embeddings(
     body: EmbeddingsRequest, request: Request, tenant: TenantDep, services: ServicesDep
 ) -> Response:
-    ask = await run_in_threadpool(_understand, body, tenant, services)
-    origin = Origin("embeddings", request.state.trace_id)
+    ask = await run_in_threadpool(_understand, body, tenant, services, asked_by(request))
+    origin = origin_of(request, "embeddings")
+    if request.state.trace is not None:
+        request.state.trace.asked("embeddings", body.model, ask.model.id, ask.id, ask.requests)
     vectors = await unless_disconnected(request, _embed(ask.requests, services, origin))
     return await run_in_threadpool(_answer, body, ask, vectors)
 
 
-def _understand(body: EmbeddingsRequest, tenant: Tenant, services: Services) -> _Ask:
+def _understand(body: EmbeddingsRequest, tenant: Tenant, services: Services, asked: AskedBy) -> _Ask:
     model = services.registry.resolve(tenant.id, body.model)
     size = services.engine.embedding_size
     if size is not None and (body.dimensions or 1) > size:
@@ -66,10 +69,17 @@ def _understand(body: EmbeddingsRequest, tenant: Tenant, services: Services) -> 
     name = f"embd-{uuid.uuid4().hex}"
     sampling = SamplingParams()
     ask = _Ask(
+        name,
         model,
         [
             GenerationRequest(
-                f"{name}-{index}", _tokens(body, index, services), sampling, tenant.id, model.digest, pooling=True
+                f"{name}-{index}",
+                _tokens(body, index, services),
+                sampling,
+                tenant.id,
+                model.digest,
+                pooling=True,
+                asked_by=asked,
             )
             for index in range(len(body.inputs))
         ],

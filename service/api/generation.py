@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastapi import Request
 
 from service.engine.errors import EngineError
-from service.engine.sequence import FinishReason, GenerationRequest, OutputChunk
+from service.engine.sequence import AskedBy, FinishReason, GenerationRequest, OutputChunk
 from service.errors import ClientDisconnectedError, DeadlineExceededError, GenerationFailedError
 from service.metrics import Metrics, Origin
 
@@ -103,6 +103,16 @@ def _checked(item: Indexed) -> Indexed:
     if chunk.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
         raise GenerationFailedError(f"The answer could not be finished: {chunk.error or 'it was aborted'}.")
     return item
+
+
+def origin_of(request: Request, operation: str) -> Origin:
+    """For the metrics and the trace of what `request` makes the engine do."""
+    state = request.state
+    return Origin(operation, state.trace_id, state.arrival, state.trace)
+
+
+def asked_by(request: Request) -> AskedBy:
+    return AskedBy(request.state.request_id, request.state.trace_id)
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -1,23 +1,30 @@
-"""What surrounds every request: its id, its size limit, one log line, its metrics, and no traceback."""
+"""What surrounds every request: its ids, its size limit, one log line, metrics, its trace, and no traceback."""
 
 from __future__ import annotations
 
 import re
 import time
 import uuid
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import error_response
-from service.errors import TooLargeError
+from service.drain import Drain
+from service.errors import TooLargeError, UnavailableError
+from service.log import log_ids
 from service.metrics import Metrics, Origin
+from service.tracing.traceparent import new_trace_id, trace_id_of
+
+if TYPE_CHECKING:
+    from service.tracing.request_trace import RequestTrace
+    from service.tracing.traces import Traces
 
 log = structlog.get_logger("service.http")
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 CLIENT_CLOSED_REQUEST = 499
 
@@ -41,14 +48,27 @@ OPERATIONS = {
 
 
 class RequestMiddleware:
-    """Outermost of the API app: sets `request.state.request_id` and `.trace_id`, answers `x-request-id`.
+    """Outermost of the API app: sets `request.state.request_id`, `.trace_id`, `.arrival` and `.trace`, and answers
+    `x-request-id` and `x-trace-id`.
 
-    A body over its limit is a 413, an exception nobody expected a 500; both in OpenAI's shape.
+    A body over its limit is a 413, an exception nobody expected a 500, a request while the service drains a 503; all
+    in OpenAI's shape. Whatever is logged on the way carries the ids.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, max_body_bytes: int, max_file_bytes: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        max_body_bytes: int,
+        max_file_bytes: int,
+        drain: Drain,
+        traces: Traces | None = None,
+    ) -> None:
         self._app = app
         self._metrics = metrics
+        self._drain = drain
+        self._traces = traces
         self._max_body_bytes = max_body_bytes
         self._max_upload_bytes = max_file_bytes + MULTIPART_OVERHEAD_BYTES
 
@@ -56,18 +76,20 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(scope, receive, send, self._limit(scope))
-        try:
-            exchange.check_declared_size()
-            await self._app(scope, exchange.receive, exchange.send)
-        except TooLargeError as error:
-            await error_response(error)(scope, receive, exchange.send)
-        except Exception:
-            log.exception("request_failed", request_id=exchange.request_id, path=scope["path"])
-            if exchange.status is None:
-                await error_response(RuntimeError())(scope, receive, exchange.send)
-        finally:
-            exchange.finish(self._metrics)
+        exchange = _Exchange(scope, receive, send, self._limit(scope), self._drain, self._traces)
+        with log_ids(exchange.state), self._drain.answering():
+            try:
+                self._drain.check()
+                exchange.check_declared_size()
+                await self._app(scope, exchange.receive, exchange.send)
+            except (TooLargeError, UnavailableError) as error:
+                await error_response(error)(scope, receive, exchange.send)
+            except Exception:
+                log.exception("request_failed", path=scope["path"])
+                if exchange.status is None:
+                    await error_response(RuntimeError())(scope, receive, exchange.send)
+            finally:
+                exchange.finish(self._metrics)
 
     def _limit(self, scope: Scope) -> int:
         uploads = scope["method"] == "POST" and scope["path"] in UPLOAD_PATHS
@@ -77,16 +99,23 @@ class RequestMiddleware:
 class _Exchange:
     """One request and its answer, seen from the outside."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, max_bytes: int) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, max_bytes: int, drain: Drain, traces: Traces | None
+    ) -> None:
         self._scope, self._receive, self._send = scope, receive, send
         self._max_bytes, self._num_bytes = max_bytes, 0
-        self._start = time.perf_counter()
+        self._drain = drain
+        self._start = time.monotonic()
         self._headers = Headers(scope=scope)
+        self._trace: RequestTrace | None = None
+        if traces is not None:
+            self._trace = traces.request(scope["method"], scope["path"], self._headers)
         self.status: int | None = None
-        self.request_id = _request_id(self._headers.get("x-request-id"))
-        state = scope.setdefault("state", {})
-        state["request_id"] = self.request_id
-        state["trace_id"] = _trace_id(self._headers.get("traceparent"))
+        self.state: dict[str, Any] = scope.setdefault("state", {})
+        self.state["request_id"] = _request_id(self._headers.get("x-request-id"))
+        self.state["trace_id"] = _trace_id(self._trace, self._headers.get("traceparent"))
+        self.state["trace"] = self._trace
+        self.state["arrival"] = self._start
 
     def check_declared_size(self) -> None:
         """Refuse before reading. Raises TooLargeError."""
@@ -104,26 +133,31 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            MutableHeaders(scope=message)["x-request-id"] = self.request_id
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self.state["request_id"]
+            headers["x-trace-id"] = self.state["trace_id"]
+            if self._drain.begun:
+                headers["connection"] = "close"  # the next request of this client shall find another place
         await self._send(message)
 
     def finish(self, metrics: Metrics) -> None:
-        """Log and count it."""
-        state, path = self._scope["state"], self._scope["path"]
-        seconds = time.perf_counter() - self._start
+        """Log, count and trace it."""
+        state, path = self.state, self._scope["path"]
+        seconds = time.monotonic() - self._start
         outcome = state.get("outcome") or _outcome(self.status)
         operation = next((label for prefix, label in OPERATIONS.items() if path.startswith(prefix)), "other")
         metrics.request_finished(Origin(operation, state["trace_id"]), state.get("tenant_id"), outcome, seconds)
         log.info(
             "request",
-            request_id=self.request_id,
             method=self._scope["method"],
             path=path,
             status=self.status,
             outcome=outcome,
-            tenant=state.get("tenant_id"),
             seconds=round(seconds, 4),
         )
+        if self._trace is not None:
+            ids = {"request_id": state["request_id"], "tenant": state.get("tenant_id")}
+            self._trace.ended(getattr(self._scope.get("route"), "path", None), self.status, outcome, ids)
 
     def _check(self, num_bytes: int) -> None:
         if num_bytes > self._max_bytes:
@@ -142,7 +176,6 @@ def _request_id(sent: str | None) -> str:
     return f"req_{uuid.uuid4().hex}"
 
 
-def _trace_id(traceparent: str | None) -> str:
-    """The caller's W3C trace id, or a new one."""
-    match = _TRACEPARENT.fullmatch(traceparent or "")
-    return match.group(1) if match else uuid.uuid4().hex
+def _trace_id(trace: RequestTrace | None, traceparent: str | None) -> str:
+    """The trace's, else the caller's W3C trace id, else a new one."""
+    return trace.trace_id if trace is not None else trace_id_of(traceparent) or new_trace_id()

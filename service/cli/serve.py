@@ -30,6 +30,9 @@ def _serve(**options: Any) -> None:
 
 
 def _run(settings: Settings) -> None:
+    from service.stop_signals import end_at_once_on_signal
+
+    end_at_once_on_signal()
     from adapters.errors import AdapterError  # the service's imports take seconds; client commands go without
     from service.engine.errors import EngineError
     from service.errors import ServiceError

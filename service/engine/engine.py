@@ -44,6 +44,8 @@ from service.engine.step_times import StepTimes
 logger = logging.getLogger(__name__)
 
 MAX_CRASHES, CRASH_WINDOW_SECONDS = 3, 60.0
+MAX_STEP_SECONDS = 5.0
+"""When shutting down, the last step may take no longer."""
 
 
 class Engine(ServingEngine):
@@ -85,6 +87,7 @@ class Engine(ServingEngine):
         self._steps = self._preemptions = self._num_restarts = 0
         self._last_step_at: float | None = None
         self._busy_since: float | None = None
+        self._beside: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._stats = self._picture()
 
@@ -93,11 +96,21 @@ class Engine(ServingEngine):
     def start(self) -> None:
         self._thread.start()
 
+    def before_draining(self, stop: Callable[[], None]) -> None:
+        """`stop` is called when shutting down begins, of something that asks the engine or works beside it. It must not
+        wait."""
+        self._beside.append(stop)
+
     def shutdown(self, drain_seconds: float) -> None:
+        for stop in self._beside:
+            stop()
         runs = self._thread.is_alive()
         self._intake.drain(drain_seconds if runs else 0, is_busy=lambda: len(self._requests) > 0)
         if runs:
-            self._thread.join()
+            self._thread.join(MAX_STEP_SECONDS)
+        if self._thread.is_alive():
+            logger.warning("engine.stop_timed_out")  # a step that hangs; the process ends over it
+            return
         self._host.close()
 
     def submit(self, request: GenerationRequest, on_chunk: Callable[[OutputChunk], None]) -> None:
@@ -213,7 +226,7 @@ class Engine(ServingEngine):
         plan = scheduler.schedule()
         self._machinery.prefetch(self._intake.num_wakes)
         for sequence, error in plan.rejected:
-            self._finish(sequence, Ending(FinishReason.ERROR, _explain(error)))
+            self._finish(sequence, Ending(FinishReason.ERROR, _explain(error, sequence)))
         if plan.work:
             self._run(plan)
         if not scheduler.running:
@@ -227,12 +240,12 @@ class Engine(ServingEngine):
     def _run(self, plan: Plan) -> None:
         now = time.monotonic()
         for work in plan.work:
-            if work.sequence.first_scheduled is None:
-                work.sequence.first_scheduled = now
+            if work.sequence.times.first_scheduled is None:
+                work.sequence.times.first_scheduled = now
         try:
             sampled = self._machinery.runner.run(plan, self._requests.seeds)
         except Exception:  # the step's requests end with an error; the engine lives on
-            logger.exception("engine.step_failed")
+            logger.exception("engine.step_failed", extra={"sequences": [w.sequence.request.log_ids for w in plan.work]})
             sampled = None
         if sampled is None:
             self._fail_step(plan)
@@ -286,7 +299,7 @@ class Engine(ServingEngine):
 
     def _count_preemption(self, sequence: Sequence) -> None:
         self._preemptions += 1
-        logger.info("engine.preempted", extra={"request_id": sequence.request.request_id})
+        logger.info("engine.preempted", extra=sequence.request.log_ids)
 
     def _picture(self) -> EngineStats:
         residency, scheduler = self._machinery.residency, self._machinery.scheduler
@@ -309,8 +322,8 @@ class Engine(ServingEngine):
         )
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, sequence: Sequence) -> str:
     if isinstance(error, AdapterError):
         return error.message
-    logger.error("engine.admission_failed", exc_info=error)
+    logger.error("engine.admission_failed", exc_info=error, extra=sequence.request.log_ids)
     return "internal error while starting the request"

@@ -49,19 +49,17 @@ class EngineHost:
             self._send(Chunks(chunks))
 
     def serve(self, engine: ServingEngine, grammars: GrammarCompiler) -> float:
-        """Until Stop; returns how long running answers may take to finish. Ends the process when nobody is there."""
+        """Until Stop; returns how long running answers may take to finish. Ends the process when nobody is there.
+
+        What is said afterwards is still heard, in a thread: who has gone, and that there is less time.
+        """
         self._line.send(Ready(engine.base.description(), engine.embedding_size, engine.stats()))
         pulse = threading.Thread(target=self._beat, args=(engine.stats,), name="engine-pulse", daemon=True)
         pulse.start()
-        while True:
-            try:
-                message = self._line.receive()
-            except (EOFError, OSError):
-                logger.warning("engine_process.orphaned")
-                os._exit(ORPHANED)  # nothing here is worth saving: jobs go on from their resume points
-            if isinstance(message, Stop):
-                return message.drain_seconds
+        while not isinstance(message := self._receive(), Stop):
             self._obey(engine, grammars, message)
+        threading.Thread(target=self._listen_on, args=(engine, grammars), name="engine-host", daemon=True).start()
+        return message.drain_seconds
 
     def close(self) -> None:
         """The engine has stopped: no more pulses."""
@@ -70,6 +68,23 @@ class EngineHost:
     def report(self, method: str, *arguments: Any) -> None:
         """Tell the observer at the other end."""
         self._send(Happened(method, arguments))
+
+    def _receive(self) -> object:
+        try:
+            return self._line.receive()
+        except (EOFError, OSError):
+            if not self._ended.is_set():
+                logger.warning("engine_process.orphaned")
+                os._exit(ORPHANED)  # nothing here is worth saving: jobs go on from their resume points
+            return None
+
+    def _listen_on(self, engine: ServingEngine, grammars: GrammarCompiler) -> None:
+        while not self._ended.is_set():
+            message = self._receive()
+            if isinstance(message, Stop):
+                engine.shutdown(message.drain_seconds)
+            else:
+                self._obey(engine, grammars, message)
 
     def _obey(self, engine: ServingEngine, grammars: GrammarCompiler, message: object) -> None:
         match message:

@@ -45,10 +45,15 @@ class EngineProcess:
         try:
             self._process.wait(timeout_seconds)
         except subprocess.TimeoutExpired:
-            logger.warning("engine_process.killed", extra={"pid": self.pid})
-            self._process.kill()
+            self.kill()
             self._process.wait()
         self.line.close()
+
+    def kill(self) -> None:
+        """Whoever receives from it notices; no effect once it has ended."""
+        if not self.ended:
+            logger.warning("engine_process.killed", extra={"pid": self.pid})
+            self._process.kill()
 
     @property
     def ended(self) -> bool:

@@ -75,7 +75,7 @@ class OpenRequests:
         """Take a sampled token into the answer; returns how the answer ends with it, or None."""
         request_id, matcher = sequence.request.request_id, sequence.matcher
         if matcher is not None and not matcher.consume(token.token_id):
-            logger.warning("engine.grammar_failed", extra={"request_id": request_id, "reason": matcher.error})
+            logger.warning("engine.grammar_failed", extra=sequence.request.log_ids)  # why may quote the answer
             return Ending(FinishReason.ERROR, f"the grammar could not be followed: {matcher.error}")
         try:
             is_last = len(sequence.output_token_ids) >= sequence.max_tokens
@@ -83,7 +83,7 @@ class OpenRequests:
             response.num_cached_tokens = sequence.num_cached_tokens or 0
             reason = response.add(token, is_last)
         except Exception:  # a fault in one answer's text must not touch the others
-            logger.exception("engine.response_failed", extra={"request_id": request_id})
+            logger.exception("engine.response_failed", extra=sequence.request.log_ids)
             return Ending(FinishReason.ERROR, "internal error while writing the answer")
         if matcher is not None and matcher.is_complete:
             reason = FinishReason.STOP  # whatever `ignore_eos` says: no token could follow
@@ -97,7 +97,7 @@ class OpenRequests:
             measured = sequence.measured(ending.prompt_nll)
             response.finish(ending.reason, ending.error, ending.embedding, measured)
         except Exception:
-            logger.exception("engine.response_failed", extra={"request_id": request_id})
+            logger.exception("engine.response_failed", extra=sequence.request.log_ids)
             response.abandon("internal error while writing the answer")
         self._forget(sequence, ending.reason)
 
@@ -116,7 +116,7 @@ class OpenRequests:
             try:
                 submitted.response.abandon(error)
             except Exception:  # the others must hear of it
-                logger.exception("engine.response_failed", extra={"request_id": sequence.request.request_id})
+                logger.exception("engine.response_failed", extra=sequence.request.log_ids)
             self._forget(sequence, FinishReason.ERROR)
 
     def _forget(self, sequence: Sequence, reason: FinishReason) -> None:
@@ -125,4 +125,4 @@ class OpenRequests:
         try:
             self._observer.sequence_finished(sequence.report(reason, time.monotonic()))
         except Exception:  # who counts must not stop who works
-            logger.exception("engine.observer_failed")
+            logger.exception("engine.observer_failed", extra=sequence.request.log_ids)

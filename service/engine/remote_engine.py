@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 MAX_DEATHS, DEATH_WINDOW_SECONDS = 3, 600.0
 SILENCE_SECONDS = 5.0
 """A process that sent no pulse for so long is stuck, however idle it said it was."""
-END_SECONDS = 45.0
-"""For training to save its state and for everything to stop, beyond what running answers may take."""
+END_SECONDS = 15.0
+"""For training to save its state and for everything to stop, beyond what running answers may take; then: a kill."""
 
 
 class RemoteEngine(ServingEngine):
@@ -53,6 +53,8 @@ class RemoteEngine(ServingEngine):
         self._stopping = False
         self._refusal: str | None = None
         self._process = started or start()
+        self._successor: EngineProcess | None = None
+        """While it is loading the base."""
         ready = self._ready(self._process)
         self.base, self.embedding_size = ready.base, ready.embedding_size
         self._stats, self._heard_at = ready.stats, time.monotonic()
@@ -63,6 +65,10 @@ class RemoteEngine(ServingEngine):
         self._writer.start()
 
     # -- what other threads call ------------------------------------------------------------------------------
+
+    @property
+    def process_id(self) -> int | None:
+        return self._process.pid
 
     def submit(self, request: GenerationRequest, on_chunk: Callable[[OutputChunk], None]) -> None:
         grammar = request.sampling.grammar
@@ -92,9 +98,13 @@ class RemoteEngine(ServingEngine):
             self._stopping = True
             self._refusal = self._refusal or "the service is shutting down"
             self._outgoing.put(Stop(drain_seconds))
+            if self._successor is not None:
+                self._successor.kill()  # nobody waits for it
         self._listener.join(drain_seconds + END_SECONDS)
-        self._process.join(10.0)
+        if self._listener.is_alive():
+            self._process.kill()
         self._listener.join()
+        self._process.join(END_SECONDS)
         self._outgoing.put(None)
         self._writer.join()
 
@@ -149,6 +159,10 @@ class RemoteEngine(ServingEngine):
             return False
         try:
             process = self._start()
+            with self._lock:
+                self._successor = process
+                if self._stopping:
+                    process.kill()
             ready = self._ready(process)
         except Exception as error:
             logger.exception("engine_process.not_restarted")
@@ -156,6 +170,7 @@ class RemoteEngine(ServingEngine):
             return False
         with self._lock:
             self._process, self._stats, self._heard_at = process, ready.stats, time.monotonic()
+            self._successor = None
             if self._stopping:
                 process.line.send(Stop(0.0))
             else:

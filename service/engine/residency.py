@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -54,7 +55,7 @@ class Residency:
             return Admission.FULL
         slot: int | None = None
         try:
-            if digest is not None and (slot := self.slots.acquire(digest)) is None:
+            if digest is not None and (slot := self._slot(sequence, digest)) is None:
                 self.cache.free(row)
                 return Admission.LATER
         except NoFreeSlotError:
@@ -65,6 +66,15 @@ class Residency:
             raise
         self._places[sequence] = Place(row, slot)
         return Admission.STARTED
+
+    def _slot(self, sequence: Sequence, digest: str) -> int | None:
+        times = sequence.times
+        if times.adapter_wanted is None:
+            times.adapter_wanted = time.monotonic()
+        slot = self.slots.acquire(digest)
+        if slot is not None and times.adapter_ready is None:
+            times.adapter_ready = time.monotonic()
+        return slot
 
     def match(self, sequence: Sequence) -> int | None:
         return 0 if self.prefixes is None else self.prefixes.match(sequence)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from service.engine.errors import EngineError
 from service.engine.grammar import AnyGrammar, AnyMatcher
+from service.engine.phases import Phase, PhaseTimes
 
 
 class FinishReason(StrEnum):
@@ -63,6 +64,14 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class AskedBy:
+    """The API request that a sequence belongs to, for the log."""
+
+    request_id: str
+    trace_id: str
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """One prompt to continue. `adapter` is a content digest; None asks the base.
 
@@ -83,6 +92,15 @@ class GenerationRequest:
     pooling: bool = False
     timeout_seconds: float | None = None
     measure: bool = False
+    asked_by: AskedBy | None = None
+
+    @property
+    def log_ids(self) -> dict[str, str]:
+        """What a log line about it carries."""
+        ids = {"sequence_id": self.request_id, "tenant": self.tenant}
+        if self.asked_by is not None:
+            ids |= {"request_id": self.asked_by.request_id, "trace_id": self.asked_by.trace_id}
+        return ids
 
     @classmethod
     def probe(
@@ -149,7 +167,8 @@ class OutputChunk:
 class SequenceReport:
     """One finished sequence, for whoever observes the engine. Times in seconds.
 
-    `num_cached_tokens` of the prompt were not computed but copied; None when it never started.
+    `num_cached_tokens` of the prompt were not computed but copied; None when it never started. `arrival` and the times
+    of `phases` are `time.monotonic()`.
     """
 
     request_id: str
@@ -165,6 +184,8 @@ class SequenceReport:
     num_cached_tokens: int | None = None
     answer_nll: float | None = None
     answer_entropy: float | None = None
+    arrival: float | None = None
+    phases: tuple[Phase, ...] = ()
 
 
 class SequenceStatus(Enum):
@@ -197,7 +218,7 @@ class Sequence:
     num_passed: int = 0
     """How many later requests started while this one found no adapter slot."""
     num_cached_tokens: int | None = None
-    first_scheduled: float | None = None
+    times: PhaseTimes = field(default_factory=PhaseTimes)
     token_times: list[float] = field(default_factory=list)
     nll_sum: float = 0.0
     entropy_sum: float = 0.0
@@ -216,7 +237,7 @@ class Sequence:
 
     @property
     def has_started(self) -> bool:
-        return self.first_scheduled is not None
+        return self.times.first_scheduled is not None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -256,6 +277,7 @@ class Sequence:
 
     def report(self, reason: FinishReason, now: float) -> SequenceReport:
         times, measured = self.token_times, self.measured()
+        started = self.times.first_scheduled
         return SequenceReport(
             request_id=self.request.request_id,
             tenant=self.request.tenant,
@@ -263,13 +285,15 @@ class Sequence:
             finish_reason=reason,
             num_prompt_tokens=self.num_prompt_tokens,
             num_output_tokens=len(self.output_token_ids),
-            queue_seconds=None if self.first_scheduled is None else self.first_scheduled - self.arrival,
+            queue_seconds=None if started is None else started - self.arrival,
             ttft_seconds=times[0] - self.arrival if times else None,
             e2e_seconds=now - self.arrival,
             inter_token_seconds=tuple(b - a for a, b in pairwise(times)),
             num_cached_tokens=self.num_cached_tokens,
             answer_nll=measured.answer_nll,
             answer_entropy=measured.answer_entropy,
+            arrival=self.arrival,
+            phases=self.times.phases(self.arrival, times[0] if times else None, now),
         )
 
 

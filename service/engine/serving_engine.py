@@ -26,6 +26,11 @@ class ServingEngine(ABC):
     def __init__(self) -> None:
         self._outbox = Outbox()
 
+    @property
+    def process_id(self) -> int | None:
+        """Of the process it runs in; None where that is this one."""
+        return None
+
     @abstractmethod
     def submit(self, request: GenerationRequest, on_chunk: Callable[[OutputChunk], None]) -> None:
         """Queue a request; `on_chunk` is called in a thread of the engine's: be quick.
@@ -52,7 +57,10 @@ class ServingEngine(ABC):
 
     @abstractmethod
     def shutdown(self, drain_seconds: float) -> None:
-        """Take nothing new, let running answers finish for `drain_seconds`, end the rest with an error."""
+        """Take nothing new, let running answers finish for `drain_seconds`, end the rest with an error.
+
+        Whatever else runs beside it is told to stop at once. May be called again, from another thread, to wait less.
+        """
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[OutputChunk]:
         """Stream one answer. Closing the iterator aborts the sequence. Raises, before the first chunk, as `submit`."""

@@ -34,6 +34,7 @@ from service.health import Health
 from service.metrics import Metrics
 from service.retraining import Retraining
 from service.rollout import open_rollout
+from service.tracing.traces import Traces
 from tests.adapters.loras import random_lora
 from tests.service.control_fixtures import Control, make_control
 from tests.service.http_fixtures import ADMIN_KEY, certificates, serve_apps
@@ -90,6 +91,7 @@ def serve_real(
     adapters: dict[str, LoraWeights] | None = None,
     *,
     drift: bool = False,
+    traces: Traces | None = None,
     **sizes: Any,
 ) -> Iterator[RealService]:
     """The service on `base`: as the `tiny` of the tests' control plane, and with room for tools in its prompts.
@@ -136,7 +138,7 @@ def serve_real(
         )
         tuned = control.publish(suffix="tuned", digest=ADAPTER)
         ops = create_ops_app(metrics, health)
-        api_url, ops_url = stack.enter_context(serve_apps(create_app(services), ops))
+        api_url, ops_url = stack.enter_context(serve_apps(create_app(services, traces=traces), ops))
         yield RealService(
             *(api_url, ops_url, control.acme_key, base, engine, grammars, tuned, stack, control),
             store=store,

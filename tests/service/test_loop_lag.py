@@ -8,7 +8,8 @@ import time
 import pytest
 
 from service.loop_lag import watching_loop_lag
-from service.metrics import LOOP_LAG_BUCKETS, Metrics
+from service.metrics import Metrics
+from service.metrics.requests import LOOP_LAG_BUCKETS
 
 
 def count_up_to(metrics: Metrics, seconds: float) -> float:

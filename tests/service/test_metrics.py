@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -11,9 +12,12 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from service.drift_board import Worst
 from service.drift_states import DriftState
+from service.engine.phases import PhaseTimes
 from service.engine.sequence import FinishReason, SequenceReport
 from service.job import JobStatus
-from service.metrics import DURATION_BUCKETS, TPOT_BUCKETS, TTFT_BUCKETS, Metrics, Origin
+from service.metrics import Metrics, Origin
+from service.metrics.requests import DURATION_BUCKETS, TPOT_BUCKETS, TTFT_BUCKETS
+from service.process_memory import resident_bytes
 from tests.fakes import FakeEngine
 
 CHAT = Origin("chat", "0af7651916cd43dd8448eb211c80319c")
@@ -23,6 +27,7 @@ CONTRACT = {
     "rootstock_time_per_output_token_seconds": ("histogram", {"operation"}),
     "rootstock_request_duration_seconds": ("histogram", {"operation"}),
     "rootstock_queue_wait_seconds": ("histogram", {"operation"}),
+    "rootstock_request_phase_seconds": ("histogram", {"operation", "phase"}),
     "rootstock_event_loop_lag_seconds": ("histogram", set()),
     "rootstock_adapter_load_seconds": ("histogram", {"tier"}),
     "rootstock_training_job_seconds": ("histogram", {"outcome"}),
@@ -57,12 +62,18 @@ CONTRACT = {
     "rootstock_tenant_feedback_total": ("counter", {"tenant"}),
     "rootstock_tenant_accuracy": ("gauge", {"tenant"}),
     "rootstock_retraining_proposals_total": ("counter", {"trigger", "outcome"}),
+    "rootstock_tenant_errors_total": ("counter", {"tenant"}),
+    "rootstock_tenant_request_seconds_total": ("counter", {"tenant"}),
+    "rootstock_tenant_tokens_total": ("counter", {"tenant", "type"}),
+    "rootstock_tenant_first_tokens_total": ("counter", {"tenant"}),
+    "rootstock_tenant_first_token_seconds_total": ("counter", {"tenant"}),
     "rootstock_requests_running": ("gauge", set()),
     "rootstock_requests_waiting": ("gauge", set()),
     "rootstock_adapters_resident": ("gauge", {"tier"}),
     "rootstock_adapter_slots": ("gauge", {"tier"}),
     "rootstock_kv_cache_usage_ratio": ("gauge", set()),
     "rootstock_lease_age_seconds_max": ("gauge", set()),
+    "rootstock_process_resident_bytes": ("gauge", {"process"}),
 }
 
 
@@ -72,6 +83,7 @@ def metrics() -> Metrics:
     metrics = Metrics(max_tenant_labels=2, router_aliases=True)
     metrics.watch_engine(FakeEngine().stats)
     metrics.watch_leases(lambda: 4.5)
+    metrics.watch_processes(lambda: resident_bytes({"api": os.getpid(), "engine": None}))
     metrics.request_finished(CHAT, "tenant-a", "success", 0.2)
     metrics.sequence_submitted("chatcmpl-1-0", CHAT)
     metrics.sequence_finished(report("chatcmpl-1-0"))
@@ -97,8 +109,23 @@ def metrics() -> Metrics:
     return metrics
 
 
-def report(request_id: str) -> SequenceReport:
-    return SequenceReport(request_id, "t", None, FinishReason.STOP, 7, 3, 0.004, 0.03, 0.1, (0.01, 0.02), 5)
+def report(request_id: str, tenant: str = "tenant-a") -> SequenceReport:
+    """Arrived at 100.0 on the machine's clock."""
+    return SequenceReport(
+        request_id,
+        tenant,
+        "a" * 64,
+        FinishReason.STOP,
+        num_prompt_tokens=7,
+        num_output_tokens=3,
+        queue_seconds=0.004,
+        ttft_seconds=0.03,
+        e2e_seconds=0.1,
+        inter_token_seconds=(0.01, 0.02),
+        num_cached_tokens=5,
+        arrival=100.0,
+        phases=PhaseTimes(100.002, 100.003, 100.004).phases(100.0, 100.03, 100.1),
+    )
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -177,6 +204,79 @@ def test_openmetrics_is_spoken_when_asked_for_and_its_exemplars_carry_the_trace_
     assert [exemplar.labels for exemplar in exemplars] == [{"trace_id": CHAT.trace_id}]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "time_to_first_token_seconds",
+        "time_per_output_token_seconds",
+        "request_duration_seconds",
+        "queue_wait_seconds",
+        "request_phase_seconds",
+    ],
+)
+def test_every_latency_histogram_leads_to_the_trace(metrics: Metrics, name: str) -> None:
+    assert exemplars_of(metrics, name) == {CHAT.trace_id}
+
+
+def exemplars_of(metrics: Metrics, name: str) -> set[str]:
+    text, _ = metrics.exposition("application/openmetrics-text; version=1.0.0")
+    return {
+        sample.exemplar.labels["trace_id"]
+        for family in parse_openmetrics(text.decode())
+        if family.name == f"rootstock_{name}"
+        for sample in family.samples
+        if sample.exemplar
+    }
+
+
+def test_the_phases_of_a_sequence_follow_each_other_and_add_up_to_its_time(metrics: Metrics) -> None:
+    phases = {
+        phase: value(metrics, "request_phase_seconds_sum", operation="chat", phase=phase)
+        for phase in ("queue", "adapter_load", "prefill", "decode")
+    }
+    expected = {"queue": 0.002, "adapter_load": 0.001, "prefill": 0.027, "decode": 0.07}
+    assert phases == pytest.approx(expected)
+    assert sum(expected.values()) == pytest.approx(report("x").e2e_seconds)
+
+
+def test_the_time_to_the_first_token_begins_when_the_request_reaches_the_service() -> None:
+    metrics = Metrics()
+    metrics.sequence_submitted("chatcmpl-1-0", Origin("chat", CHAT.trace_id, arrival=99.5))
+    metrics.sequence_finished(report("chatcmpl-1-0"))
+    assert value(metrics, "time_to_first_token_seconds_sum", operation="chat") == pytest.approx(0.53)
+    assert value(metrics, "tenant_first_token_seconds_total", tenant="tenant-a") == pytest.approx(0.53)
+    assert value(metrics, "queue_wait_seconds_sum", operation="chat") == pytest.approx(0.004), "the engine's own"
+
+
+def test_a_tenants_counters_tell_its_mean_latencies_and_its_errors(metrics: Metrics) -> None:
+    metrics.request_finished(CHAT, "tenant-a", "error", 0.5)
+    metrics.request_finished(CHAT, "tenant-a", "rejected", 0.1)
+    assert value(metrics, "tenant_requests_total", tenant="tenant-a") == 3
+    assert value(metrics, "tenant_request_seconds_total", tenant="tenant-a") == pytest.approx(0.8)
+    assert value(metrics, "tenant_errors_total", tenant="tenant-a") == 1
+    assert value(metrics, "tenant_first_tokens_total", tenant="tenant-a") == 1
+    assert value(metrics, "tenant_tokens_total", tenant="tenant-a", type="prompt") == 7
+    assert value(metrics, "tenant_tokens_total", tenant="tenant-a", type="completion") == 3
+    assert value(metrics, "tenant_tokens_total", tenant="tenant-a", type="cached") == 5
+
+
+def test_what_the_service_does_for_itself_is_no_tenants(metrics: Metrics) -> None:
+    metrics.sequence_finished(report("eval-1", tenant="tenant-b"))
+    assert value(metrics, "tenant_tokens_total", tenant="tenant-b", type="prompt") is None
+    assert value(metrics, "time_to_first_token_seconds_count", operation="internal") == 1
+
+
+def test_nothing_of_a_deleted_tenant_is_left(metrics: Metrics) -> None:
+    assert any(("tenant", "tenant-a") in labels for _, labels in samples(metrics))
+    metrics.forget_tenant("tenant-a")
+    assert not any(("tenant", "tenant-a") in labels for _, labels in samples(metrics))
+
+
+def test_a_process_that_is_not_there_has_no_memory(metrics: Metrics) -> None:
+    assert (value(metrics, "process_resident_bytes", process="api") or 0) > 1 << 20
+    assert value(metrics, "process_resident_bytes", process="engine") is None
+
+
 def test_two_services_in_one_process_count_apart(metrics: Metrics) -> None:
     assert value(Metrics(), "requests_total", operation="chat", outcome="success") is None
 
@@ -191,12 +291,12 @@ def test_tenants_beyond_the_cap_share_a_label_and_are_counted_as_overflow(metric
 
 
 def test_a_busy_latecomer_takes_the_label_of_a_quiet_tenant(metrics: Metrics) -> None:
-    for tenant in ["tenant-b"] * 5 + ["tenant-c"] * 4:
+    for tenant in ["tenant-b"] * 6 + ["tenant-c"] * 6:
         metrics.request_finished(CHAT, tenant, "success", 0.1)
     assert value(metrics, "tenant_requests_total", tenant="tenant-a") is None
-    assert value(metrics, "tenant_requests_total", tenant="tenant-b") == 5
-    assert value(metrics, "tenant_requests_total", tenant="tenant-c") == 1  # its first three went to _other
-    assert value(metrics, "tenant_requests_total", tenant="_other") == 3
+    assert value(metrics, "tenant_requests_total", tenant="tenant-b") == 6
+    assert value(metrics, "tenant_requests_total", tenant="tenant-c") == 1  # its first five went to _other
+    assert value(metrics, "tenant_requests_total", tenant="_other") == 5
 
 
 def test_a_deleted_tenants_series_end_and_its_label_is_free(metrics: Metrics) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from service.engine.errors import EngineDeadError
 from service.engine.plan import Plan
 from service.engine.response import Response
 from service.engine.runner import Runner
-from service.engine.sequence import FinishReason, OutputChunk, SequenceReport
+from service.engine.sequence import AskedBy, FinishReason, OutputChunk, SequenceReport
 from service.health import Health
 from tests.service.engine.conftest import Rig
 
@@ -236,6 +237,21 @@ async def test_waiting_for_an_adapter_that_does_not_arrive_is_no_stall(rig: Rig)
     assert health.trouble() is None
     gate.set()
     assert len(await answer) == 16
+
+
+async def test_what_the_engine_logs_of_a_request_carries_its_ids_and_not_its_words(
+    rig: Rig, faults: Faults, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = replace(rig.request(PROMPT, tenant="acme"), asked_by=AskedBy("req_1", "0af7651916cd43dd8448eb211c80319c"))
+    ids = {"sequence_id": request.request_id, "request_id": "req_1", "trace_id": request.log_ids["trace_id"]}
+    with monkeypatch.context() as patch:
+        patch.setattr(Response, "finish", fail)
+        [chunk async for chunk in rig.engine.generate(request)]
+    faults.before = lambda runner, plan: 1 / len([work for work in plan.work if work.sequence.request is not request])
+    [chunk async for chunk in rig.engine.generate(request)]
+    ended, failed = (record.__dict__ for record in caplog.records if record.name.startswith("service.engine"))
+    assert {name: ended[name] for name in ids} == ids and ended["tenant"] == "acme"
+    assert failed["sequences"] == [{**ids, "tenant": "acme"}]
 
 
 async def test_who_observes_cannot_stop_the_engine(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
