@@ -22,6 +22,7 @@ from service.tenant_labels import TenantLabels
 
 if TYPE_CHECKING:
     from service.engine.observation import EngineStats
+    from service.job_backlog import JobBacklog
 
 TTFT_BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25),
@@ -40,6 +41,10 @@ log = structlog.get_logger("service.metrics")
 
 INTERNAL_OPERATION = "internal"
 """What nobody asked for over HTTP: self-checks, evaluations."""
+
+
+OUTCOMES = ("success", "rejected", "aborted", "error")
+"""Of an API request: answered, refused (4xx), left by the client, failed (5xx or an error inside a stream)."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Metrics:
         self._define_adapter_metrics()
         self._define_job_metrics()
         self._define_rollout_metrics()
+        self._gauge("start_time_seconds", "When this process started, unix time.").set(time.time())
         self._tenant_labels = TenantLabels(
             max_tenant_labels, on_removed=self._remove_label, on_overflow=self._tenant_label_overflow.inc
         )
@@ -80,8 +86,14 @@ class Metrics:
     def sequence_refused(self, request_id: str) -> None:
         self._origins.pop(request_id, None)
 
+    def expect_operations(self, operations: Iterable[str]) -> None:
+        """Their counters begin at 0: a counter that begins with its first error hides that one from every rate."""
+        for operation in operations:
+            for outcome in OUTCOMES:
+                self._requests.labels(operation, outcome)
+
     def request_finished(self, origin: Origin, tenant_id: str | None, outcome: str, seconds: float) -> None:
-        """Count one API request; `outcome` is success, rejected, aborted or error. Refusals have no duration."""
+        """Count one API request; `outcome` is one of OUTCOMES. Refusals have no duration."""
         self._requests.labels(origin.operation, outcome).inc()
         if outcome != "rejected":
             self._request_duration.labels(origin.operation).observe(seconds, origin.exemplar)
@@ -188,6 +200,15 @@ class Metrics:
     def watch_quality(self, accuracies: Callable[[], Mapping[str, float]]) -> None:
         """Of tenants with a label of their own; a tenant that is not among them has no series, and never a 0."""
         self.registry.register(_Scrape(lambda: _quality_gauges(accuracies(), self._tenant_labels)))
+
+    def watch_jobs(self, backlog: Callable[[], JobBacklog]) -> None:
+        self.registry.register(_Scrape(lambda: _job_gauges(backlog())))
+
+    def watch_process(self, is_ready: Callable[[], bool], memory_limit_bytes: int | None) -> None:
+        """`is_ready` is what /readyz answers; without a limit there is no series of it."""
+        if memory_limit_bytes is not None:
+            self._gauge("memory_limit_bytes", "What the container may use, all processes.").set(memory_limit_bytes)
+        self._gauge("ready", "Whether /readyz says so.").set_function(lambda: float(is_ready()))
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """The text of a scrape and its content type; OpenMetrics, with exemplars, when `accept` says so."""
@@ -323,6 +344,19 @@ def _quality_gauges(accuracies: Mapping[str, float], labels: TenantLabels) -> It
         if labels.names(tenant_id):
             gauge.add_metric([tenant_id], accuracy)
     yield gauge
+
+
+def _job_gauges(backlog: JobBacklog) -> Iterator[Metric]:
+    unfinished = GaugeMetricFamily("rootstock_jobs_unfinished", "Jobs queued, paused or running.", labels=["state"])
+    for state, num_jobs in backlog.num_jobs.items():
+        unfinished.add_metric([state], num_jobs)
+    yield unfinished
+    silence = GaugeMetricFamily(
+        "rootstock_job_silence_seconds_max", "Since the latest event of the stalest job.", labels=["state"]
+    )
+    for state, seconds in backlog.max_silence_seconds.items():
+        silence.add_metric([state], seconds)
+    yield silence
 
 
 def _router_gauges(stats: EngineStats) -> Iterator[Metric]:

@@ -25,6 +25,7 @@ from service.config import Settings, SettingsError
 from service.engine.engine_process import EngineProcess
 from service.health import Health
 from service.loop_lag import watching_loop_lag
+from service.memory_limit import memory_limit_bytes
 from service.metrics import Metrics
 
 log = structlog.get_logger("service.server")
@@ -49,6 +50,7 @@ def serve(settings: Settings) -> None:
 async def _serve(settings: Settings, api_socket: socket.socket, ops_socket: socket.socket) -> None:
     metrics = Metrics(router_aliases=settings.router_aliases)
     health = Health(settings.stall_seconds)
+    metrics.watch_process(lambda: health.not_ready() is None, memory_limit_bytes())
     ops = _server(create_ops_app(metrics, health), 0.0)
     ops_task = asyncio.create_task(ops.serve([ops_socket]))
     try:
