@@ -50,6 +50,6 @@ def _stalest_by_state() -> sa.Select[tuple[str, int, float]]:
         .subquery()
     )
     silence = epoch_now() - sa.func.min(unfinished.c.heard_at)
-    return sa.select(
-        unfinished.c.state, sa.func.count().label("num_jobs"), silence.label("silence")
-    ).group_by(unfinished.c.state)
+    return sa.select(unfinished.c.state, sa.func.count().label("num_jobs"), silence.label("silence")).group_by(
+        unfinished.c.state
+    )

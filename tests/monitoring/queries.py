@@ -1,4 +1,4 @@
-"""Every PromQL expression of k8s/monitoring/, as its readers see it: rules from the rules file, panels from the JSON."""
+"""Every PromQL expression of k8s/monitoring/, as its readers see it: from the rules file and the JSON."""
 
 from __future__ import annotations
 

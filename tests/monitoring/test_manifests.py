@@ -90,7 +90,9 @@ def test_an_alert_says_how_bad_it_is_and_leads_to_its_dashboard_and_runbook(rule
 def test_the_variables_that_links_set_exist_on_the_dashboards_they_lead_to() -> None:
     for rule in alerts():
         uid, _, query = rule["annotations"]["dashboard_url"].partition("/d/")[2].partition("?")
-        names = {variable["name"] for variable in dashboard(MONITORING / "dashboards" / f"{uid}.json")["templating"]["list"]}
+        names = {
+            variable["name"] for variable in dashboard(MONITORING / "dashboards" / f"{uid}.json")["templating"]["list"]
+        }
         assert set(re.findall(r"var-(\w+)=", query)) <= names
 
 
@@ -188,7 +190,10 @@ def test_a_table_of_tenants_has_a_column_for_each_query_and_a_row_for_each_tenan
     renamed = organized["options"]["renameByName"]
     assert list(renamed.values()) == [target["legendFormat"] for target in table["targets"]]
     assert kept["options"]["include"]["names"] == ["tenant", *renamed]
-    assert {override["matcher"]["options"] for override in table["fieldConfig"]["overrides"]} <= {"tenant", *renamed.values()}
+    assert {override["matcher"]["options"] for override in table["fieldConfig"]["overrides"]} <= {
+        "tenant",
+        *renamed.values(),
+    }
 
 
 def test_grafanas_variables_are_the_dashboards_own() -> None:

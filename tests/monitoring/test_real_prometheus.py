@@ -57,8 +57,6 @@ def _use(running: Running, client: openai.OpenAI) -> None:
     time.sleep(3.5)
 
 
-
-
 def test_the_service_is_scraped_and_every_rule_is_healthy(watched: Prometheus) -> None:
     (target,) = watched.get("targets")["activeTargets"]
     assert target["health"] == "up", target["lastError"]

@@ -12,8 +12,8 @@ from tests.monitoring.queries import MONITORING, RULES, rules
 from tests.running_prometheus import binary
 
 UNIT_TESTS = sorted((Path(__file__).parent / "rules").glob("*.test.yml"))
-SLOW = {"objectives.test.yml", "healthy.test.yml"}
-"""Hours and days of series."""
+FAST = {"jobs.test.yml", "memory.test.yml"}
+"""The others go through hours and days of series."""
 
 
 def promtool(*arguments: str | Path) -> None:
@@ -38,7 +38,7 @@ def test_alertmanager_takes_the_example_of_routes() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=[pytest.mark.slow] if path.name in SLOW else []) for path in UNIT_TESTS],
+    [pytest.param(path, marks=[] if path.name in FAST else [pytest.mark.slow]) for path in UNIT_TESTS],
     ids=lambda path: str(path.name),
 )
 def test_exactly_the_alerts_that_should_fire_do(path: Path) -> None:
@@ -61,7 +61,10 @@ _BURNS = (("page", "14.4"), ("page", "6"), ("ticket", "3"), ("ticket", "1"))
 def _fired(path: Path) -> list[str]:
     cases = yaml.safe_load(path.read_text())["tests"]
     samples = [
-        sample for case in cases for query in case.get("promql_expr_test", []) for sample in query.get("exp_samples", [])
+        sample
+        for case in cases
+        for query in case.get("promql_expr_test", [])
+        for sample in query.get("exp_samples", [])
     ]
     told = [f'alertname="{told["alertname"]}"' for case in cases for told in case.get("alert_rule_test", [])]
     return [str(sample["labels"]) for sample in samples] + told

@@ -39,8 +39,8 @@ from service.engine.engine import Engine
 from service.engine.grammar_compiler import GrammarCompiler
 from service.estimates import Estimates
 from service.health import Health
-from service.merges import Merges
 from service.job_backlog import job_backlog
+from service.merges import Merges
 from service.metrics import Metrics
 from service.retraining import Retraining
 from service.retraining_data import RetrainingFiles

@@ -48,7 +48,7 @@ def _service() -> Iterator[Alert]:
         "page",
         f"max by ({BY}, pod, instance) (changes(rootstock_start_time_seconds[1h])) >= 3",
         f"{OF} starts again and again; each start takes as long as the base takes to load",
-        "{{ $value }} starts of {{ with $labels.pod }}{{ . }}{{ else }}{{ $labels.instance }}{{ end }} in the last hour.",
+        "{{ with $labels.pod }}{{ . }}{{ else }}{{ $labels.instance }}{{ end }}: {{ $value }} restarts in the last hour.",
     )
     yield Alert(
         "RootstockEngineRestarted",

@@ -135,7 +135,12 @@ _DRIFT_STATES = {
 _TOOLTIP = {"mode": "multi", "sort": "desc"}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "timeseries": {"tooltip": _TOOLTIP, "legend": {"displayMode": "list", "placement": "bottom"}},
-    "stat": {"reduceOptions": {"calcs": ["lastNotNull"]}, "colorMode": "value", "graphMode": "none", "textMode": "auto"},
+    "stat": {
+        "reduceOptions": {"calcs": ["lastNotNull"]},
+        "colorMode": "value",
+        "graphMode": "none",
+        "textMode": "auto",
+    },
     "table": {"showHeader": True, "cellHeight": "sm"},
     "state-timeline": {"mergeValues": True, "showValue": "never", "rowHeight": 0.8, "tooltip": _TOOLTIP},
     "heatmap": {

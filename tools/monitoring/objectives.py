@@ -148,8 +148,8 @@ def _alert(objective: Objective, burn: Burn) -> Alert:
         expr=f"({above(burn.long)})\nand ({above(burn.short)})\nand ({enough})",
         summary=f"{objective.what_fails}, at {burn.speed} times the rate that was allowed",
         description=(
-            f"{{{{ $value | humanizePercentage }}}} of {{{{ $labels.job }}}}'s {objective.share_of} in the last {burn.long};"
-            f" {float(objective.budget):.1%} are allowed. It still goes on."
+            f"{{{{ $value | humanizePercentage }}}} of {{{{ $labels.job }}}}'s {objective.share_of} in the last"
+            f" {burn.long}; {float(objective.budget):.1%} are allowed. It still goes on."
         ),
         for_=burn.for_,
         labels={"burn": burn.speed, "window": burn.long},

@@ -169,7 +169,12 @@ _LATENCY = Section(
             "Between tokens", "Of one answer.", "s", quantiles(INTER_TOKEN, USERS), bad_from=float(INTER_TOKEN_SECONDS)
         ),
         Panel("Whole request", "Arrival to last byte, by operation.", "s", quantiles(DURATION, JOB, "operation")),
-        Panel("Waiting for a turn", "Arrival to first scheduling: the scheduler's queue.", "s", quantiles(QUEUE_WAIT, USERS)),
+        Panel(
+            "Waiting for a turn",
+            "Arrival to first scheduling: the scheduler's queue.",
+            "s",
+            quantiles(QUEUE_WAIT, USERS),
+        ),
         Panel(
             "A request's phases",
             "Means, on top of each other: queue, adapter load, prefill, decode.",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tools.monitoring.grafana import Dashboard, Link, Panel, Query, Section, Variable
 from tools.monitoring.rule import SERVICE, TENANTS, TRAINING
 from tools.monitoring.service_dashboard import JOB, JOBS, RATE, TENANT_LINK, TO_TENANT, rate
@@ -29,7 +31,7 @@ _DRIFT_STATE = " or ".join(
     f'({code} * (rootstock_drift_state{{{SIGNAL}, state="{state}"}} == 1))' for state, code in STATES.items()
 )
 
-_COLUMNS = {
+_COLUMNS: dict[str, dict[str, Any]] = {
     "tenant": {
         "displayName": "Tenant",
         "links": [Link("This tenant alone", f"{TO_TENANT}${{__value.raw}}").document()],
@@ -85,11 +87,7 @@ _DRIFT = Section(
             "Statistic ÷ threshold",
             "Above 1 is an alarm; how far above, and how steadily, says how sure it is.",
             "none",
-            [
-                Query(
-                    f"max by (tenant, signal) (rootstock_drift_statistic_ratio{{{SIGNAL}}})", "{{tenant}} {{signal}}"
-                )
-            ],
+            [Query(f"max by (tenant, signal) (rootstock_drift_statistic_ratio{{{SIGNAL}}})", "{{tenant}} {{signal}}")],
             width=12,
             bad_from=1,
             links=[TENANT_LINK],
