@@ -25,6 +25,8 @@ OF_PARTS_NOT_MERGED_YET = {
     "rootstock_drift_expected_false_alarms_total": "counter",
     "rootstock_drift_probes_total": "counter",
     "rootstock_drift_probe_seconds_total": "counter",
+    "rootstock_drift_failures_total": "counter",
+    "rootstock_drift_webhooks_total": "counter",
     # from drift to adaptation
     "rootstock_tenant_accuracy": "gauge",
     "rootstock_tenant_feedback_total": "counter",

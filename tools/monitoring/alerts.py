@@ -48,7 +48,7 @@ def _service() -> Iterator[Alert]:
         "page",
         f"max by ({BY}, pod, instance) (changes(rootstock_start_time_seconds[1h])) >= 3",
         f"{OF} starts again and again; each start takes as long as the base takes to load",
-        "{{ with $labels.pod }}{{ . }}{{ else }}{{ $labels.instance }}{{ end }}: {{ $value }} restarts in the last hour.",
+        "{{ with $labels.pod }}{{ . }}{{ else }}{{ $labels.instance }}{{ end }}: {{ $value }} restarts in an hour.",
     )
     yield Alert(
         "RootstockEngineRestarted",
@@ -69,6 +69,8 @@ def _service() -> Iterator[Alert]:
         "{{ $value | humanizePercentage }} of the loop's turns come more than 0.1 s late.",
         for_="15m",
     )
+    # The first failure makes the series, so no rate sees it. That the series is new means something only where the
+    # service was scraped before, or is new itself: not after an hour without Prometheus.
     yield Alert(
         "RootstockAdapterVerificationFailed",
         "page",
@@ -76,7 +78,9 @@ def _service() -> Iterator[Alert]:
         sum by ({BY}, reason) (increase(rootstock_adapter_verify_failures_total[30m])) > 0
         or
         sum by ({BY}, reason) (
-          rootstock_adapter_verify_failures_total unless rootstock_adapter_verify_failures_total offset 30m
+          (rootstock_adapter_verify_failures_total unless rootstock_adapter_verify_failures_total offset 30m)
+          and on ({BY}, instance)
+          (rootstock_ready offset 30m or time() - rootstock_start_time_seconds < 1800)
         ) > 0
         """,
         f"A stored adapter is not what was published: {OF} refuses to serve it",

@@ -100,12 +100,14 @@ _DRIFT = Section(
                 Query(f"sum by (signal) (increase(rootstock_drift_alarms_total{{{JOB}}}[1d]))", "{{signal}}"),
                 Query(f"sum(increase(rootstock_drift_expected_false_alarms_total{{{JOB}}}[1d]))", "by chance"),
             ],
+            width=6,
         ),
         Panel(
             "Prompts chosen for measuring",
             "duplicate and capped are left out on purpose. dropped, failed: drift sees less than it should.",
             "cps",
             [Query(rate("rootstock_drift_probes_total", by="outcome"), "{{outcome}}")],
+            width=6,
             stacked=True,
         ),
         Panel(
@@ -113,7 +115,18 @@ _DRIFT = Section(
             "Share of the time that the engine spends on prompts of drift.",
             "percentunit",
             [Query(rate("rootstock_drift_probe_seconds_total"), "measuring")],
+            width=6,
             bad_from=0.01,
+        ),
+        Panel(
+            "What broke in the watch",
+            "Its own failures, told in the log, and its events that the webhook did not take.",
+            "cps",
+            [
+                Query(rate("rootstock_drift_failures_total"), "failures"),
+                Query(rate("rootstock_drift_webhooks_total", by="outcome"), "webhook {{outcome}}"),
+            ],
+            width=6,
         ),
     ],
 )
