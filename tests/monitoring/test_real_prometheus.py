@@ -29,6 +29,15 @@ EMPTY_UNTIL = {
     "rootstock_canary_requests_total": "an alias has a canary",
     "rootstock_shadow_requests_total": "an alias has a shadow",
     "rootstock_feedback_total": "a user rates an answer",
+    "rootstock_drift_statistic_ratio": "an adapter has had enough traffic to be judged",
+    "rootstock_drift_state": "an adapter's traffic is watched",
+    "rootstock_drift_samples": "an adapter's traffic is watched",
+    "rootstock_drift_alarms_total": "a signal drifts",
+    "rootstock_drift_probes_total": "a conversation with an adapter begins",
+    "rootstock_tenant_accuracy": "enough answers are judged",
+    "rootstock_tenant_feedback_total": "a user rates an answer",
+    "rootstock_retraining_proposals_total": "drift or falling quality proposes to train again",
+    "rootstock_drift_webhooks_total": "a webhook is set, and drift changes",
 } | dict.fromkeys(series(OF_PARTS_NOT_MERGED_YET), "the part that exports it is merged")
 """Metrics whose queries may rightly show nothing after ordinary traffic and one job, and until when."""
 
