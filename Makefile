@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo serve check lint fast test bench bench-quick bench-drift lock fmt examples clean
+.PHONY: help install demo serve check lint fast test bench bench-quick bench-drift lock fmt examples monitoring clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ fmt: install  ## format the code and mend what ruff can mend
 
 examples: install  ## make examples/*/*.jsonl again
 	$(BIN)/python -m examples.make_examples
+
+monitoring: install  ## write k8s/monitoring's rules and dashboards again, from tools/monitoring/
+	$(BIN)/python -m tools.monitoring
 
 clean:  ## remove caches and builds; the environment and the data stay
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

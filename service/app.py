@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from pydantic import SecretStr
 
 from service.api.errors import install_error_handlers
-from service.api.middleware import RequestMiddleware
+from service.api.middleware import OPERATIONS, OTHER_OPERATION, RequestMiddleware
 from service.api.routes import ROUTERS
 from service.api.services import Services
 from service.api.tool_format import ToolFormat
@@ -25,6 +25,7 @@ from service.engine.grammar_compiler import GrammarCompiler
 from service.engine.remote_engine import RemoteEngine
 from service.engine.serving_engine import ServingEngine
 from service.estimates import Estimates
+from service.job_backlog import job_backlog
 from service.job_queue import JobQueue
 from service.jobs import Jobs
 from service.merges import merges_in
@@ -48,6 +49,7 @@ def create_app(services: Services, drain: Drain | None = None, traces: Traces | 
     for router in ROUTERS:
         app.include_router(router)
     install_error_handlers(app)
+    services.metrics.expect_operations((*OPERATIONS.values(), OTHER_OPERATION))
     app.add_middleware(
         RequestMiddleware,
         metrics=services.metrics,
@@ -76,6 +78,7 @@ def open_services(
         archive = stack.enter_context(Archive.open(settings))
         queue = JobQueue(archive.database, lease_seconds=settings.lease_seconds, observer=metrics)
         metrics.watch_leases(queue.max_lease_age_seconds)
+        metrics.watch_jobs(lambda: job_backlog(archive.database))
         engine = stack.enter_context(_engine(settings, archive, metrics, engine_process, traces))
         metrics.watch_engine(engine.stats)
         metrics.watch_processes(lambda: resident_bytes({"api": os.getpid(), "engine": engine.process_id}))

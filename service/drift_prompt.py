@@ -16,6 +16,10 @@ POOLING = "mean of the last hidden states, length one"
 """As `service.engine.pooling` does it, with the adapter off."""
 
 
+PROMPT_SIGNALS = ("prompt_embedding", "prompt_length", "prompt_nll")
+"""What of a prompt is compared with the prompts of the training."""
+
+
 class Embedding(Protocol):
     """As much of a base as its embeddings depend on."""
 

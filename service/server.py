@@ -31,6 +31,7 @@ from service.engine.engine_process import EngineProcess
 from service.health import Health
 from service.left_behind import in_daemon_thread, threads_left_behind
 from service.loop_lag import watching_loop_lag
+from service.memory_limit import memory_limit_bytes
 from service.metrics import Metrics
 from service.stop_signals import StopSignals
 from service.tracing.configuration import open_traces
@@ -79,6 +80,7 @@ async def _serve(
     signals.take()
     metrics = Metrics(router_aliases=settings.router_aliases)
     health = Health(settings.stall_seconds)
+    metrics.watch_process(lambda: health.not_ready() is None, memory_limit_bytes())
     ops = _server(create_ops_app(metrics, health))
     ops_task = asyncio.create_task(ops.serve([ops_socket]))
     try:

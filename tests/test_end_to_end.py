@@ -132,7 +132,7 @@ def test_a_job_leaves_a_drift_reference_and_an_export_without_it(
 def test_after_kill_9_nothing_acknowledged_is_lost_and_the_job_goes_on_from_its_last_state(
     tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
-    settings = {"lease_seconds": 2, "resume_point_seconds": 0}
+    settings: dict[str, Any] = {"lease_seconds": 2, "resume_point_seconds": 0}
     with rootstock_serve(tiny_llama_dir, tmp_path, **settings) as running, running.client() as client:
         (base,) = (model.id for model in client.models.list())
         key = client.api_key

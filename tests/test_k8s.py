@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -18,13 +19,14 @@ from service.server import ABANDON_SECONDS
 K8S = Path(__file__).resolve().parent.parent / "k8s"
 KUSTOMIZATIONS = sorted(path.parent for path in K8S.rglob("kustomization.yaml"))
 SCHEMA_VERSIONS = ("1.35", "1.37")
+ALERT = {"alert", "expr", "for", "labels", "annotations"}
 LABEL = {"app.kubernetes.io/name": "rootstock"}
 
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
 
 
-def load(name: str) -> dict[str, Any]:
-    document = yaml.safe_load((K8S / "base" / name).read_text())
+def load(name: str, folder: str = "base") -> dict[str, Any]:
+    document = yaml.safe_load((K8S / folder / name).read_text())
     assert isinstance(document, dict)
     return document
 
@@ -46,11 +48,29 @@ def container() -> dict[str, Any]:
 
 
 def check_schema(document: dict[str, Any], version: str) -> None:
-    """Strict validation; a PodMonitor, whose schema is no part of Kubernetes, is checked by hand."""
-    if document["kind"] != "PodMonitor":
+    """Strict validation; the operator's resources, whose schemas are no part of Kubernetes, are checked by hand."""
+    check = {"PodMonitor": check_pod_monitor, "PrometheusRule": check_prometheus_rule}.get(document["kind"])
+    if check is None:
         kubernetes_validate.validate(document, version, strict=True)
         return
     assert document["apiVersion"] == "monitoring.coreos.com/v1"
+    check(document)
+
+
+def check_prometheus_rule(document: dict[str, Any]) -> None:
+    """Every value of a rule is text, as the operator's schema wants it; promtool reads the same groups elsewhere."""
+    assert set(document["spec"]) == {"groups"}
+    names = [group["name"] for group in document["spec"]["groups"]]
+    assert len(names) == len(set(names))
+    for group in document["spec"]["groups"]:
+        assert set(group) <= {"name", "interval", "rules"} and group["rules"]
+        for rule in group["rules"]:
+            assert set(rule) in ({"record", "expr"}, {"record", "expr", "labels"}, ALERT)
+            texts = [rule["expr"], *rule.get("labels", {}).values(), *rule.get("annotations", {}).values()]
+            assert all(isinstance(text, str) and text for text in texts)
+
+
+def check_pod_monitor(document: dict[str, Any]) -> None:
     assert set(document["spec"]) == {"selector", "podMetricsEndpoints"}
     assert document["spec"]["selector"]["matchLabels"] == LABEL
     (endpoint,) = document["spec"]["podMetricsEndpoints"]
@@ -61,6 +81,16 @@ def check_schema(document: dict[str, Any], version: str) -> None:
 @pytest.mark.parametrize("name", load("kustomization.yaml")["resources"])
 def test_every_resource_of_the_base_obeys_its_schema(name: str, version: str) -> None:
     check_schema(load(name), version)
+
+
+@pytest.mark.parametrize("name", load("kustomization.yaml", "monitoring")["resources"])
+def test_every_resource_of_monitoring_has_the_operators_form(name: str) -> None:
+    check_schema(load(name, "monitoring"), SCHEMA_VERSIONS[-1])
+
+
+def test_the_base_needs_no_operator() -> None:
+    kinds = {load(name)["apiVersion"] for name in load("kustomization.yaml")["resources"]}
+    assert kinds == {"v1", "apps/v1", "networking.k8s.io/v1"}
 
 
 @pytest.mark.parametrize("directory", KUSTOMIZATIONS, ids=lambda path: str(path.name))
@@ -147,6 +177,25 @@ def test_every_kustomization_renders_to_valid_manifests_in_one_namespace(directo
     for document in documents:
         check_schema(document, SCHEMA_VERSIONS[-1])
         assert document["kind"] == "Namespace" or document["metadata"]["namespace"] == "rootstock"
+
+
+@needs_kubectl
+def test_monitoring_renders_dashboards_for_the_sidecar_and_links_that_lead_where_links_env_says(tmp_path: Path) -> None:
+    copy = shutil.copytree(K8S / "monitoring", tmp_path / "monitoring")
+    links = {"GRAFANA": "https://grafana.my.org", "RUNBOOKS": "https://docs.my.org/operations.md"}
+    (copy / "links.env").write_text("".join(f"{name}={url}\n" for name, url in links.items()))
+    kinds = {document["kind"]: document for document in render(copy)}
+    assert set(kinds) == {"ConfigMap", "PodMonitor", "PrometheusRule"}  # the links' own ConfigMap stays here
+    dashboards = kinds["ConfigMap"]
+    assert dashboards["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert {f"{name}.json" for name in ("rootstock-service", "rootstock-tenants", "rootstock-training")} == set(
+        dashboards["data"]
+    )
+    assert all(json.loads(text)["panels"] for text in dashboards["data"].values())
+    rules = [rule for group in kinds["PrometheusRule"]["spec"]["groups"] for rule in group["rules"] if "alert" in rule]
+    for notes in (rule["annotations"] for rule in rules):
+        assert notes["dashboard_url"].startswith(f"{links['GRAFANA']}/d/rootstock-")
+        assert notes["runbook_url"].startswith(f"{links['RUNBOOKS']}#rootstock")
 
 
 @needs_kubectl

@@ -44,7 +44,8 @@ OPERATIONS = {
     "/v1/drift": "drift",
     "/v1/admin/": "admin",
 }
-"""Prefix of the path -> the metric label `operation`; anything else is `other`."""
+"""Prefix of the path -> the metric label `operation`."""
+OTHER_OPERATION = "other"
 
 
 class RequestMiddleware:
@@ -145,7 +146,7 @@ class _Exchange:
         state, path = self.state, self._scope["path"]
         seconds = time.monotonic() - self._start
         outcome = state.get("outcome") or _outcome(self.status)
-        operation = next((label for prefix, label in OPERATIONS.items() if path.startswith(prefix)), "other")
+        operation = next((label for prefix, label in OPERATIONS.items() if path.startswith(prefix)), OTHER_OPERATION)
         metrics.request_finished(Origin(operation, state["trace_id"]), state.get("tenant_id"), outcome, seconds)
         log.info(
             "request",

@@ -11,7 +11,9 @@ import structlog
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 
+from adapters.drift.output_monitor import SIGNALS
 from service.drift_board import Worst
+from service.drift_prompt import PROMPT_SIGNALS
 
 log = structlog.get_logger("service.metrics")
 
@@ -28,6 +30,8 @@ class DriftMetrics:
         self._probes = self._counter("probes", "First prompts of conversations, by outcome.", "outcome")
         self._probe_seconds = self._counter("probe_seconds", "Computing that probes took.")
         self._alarms = self._counter("alarms", "Signals that went into drift.", "signal")
+        for signal in (*PROMPT_SIGNALS, *SIGNALS):
+            self._alarms.labels(signal)  # a counter that begins with its first alarm hides that one from every rate
         self._expected = self._counter("expected_false_alarms", "Alarms that the promised run lengths allow by chance.")
         self._failures = self._counter("failures", "What broke in the watch for drift; the log says what.")
         self._webhooks = self._counter("webhooks", "Drift's events posted to the webhook.", "outcome")

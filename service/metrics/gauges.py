@@ -13,6 +13,7 @@ from service.tenant_labels import TenantLabels
 
 if TYPE_CHECKING:
     from service.engine.observation import EngineStats
+    from service.job_backlog import JobBacklog
 
 log = structlog.get_logger("service.metrics")
 
@@ -50,6 +51,19 @@ def engine_gauges(stats: EngineStats) -> Iterator[Metric]:
 
 def lease_gauges(age_seconds: float) -> Iterator[Metric]:
     yield _gauge("rootstock_lease_age_seconds_max", "Since the stalest running job's heartbeat.", age_seconds)
+
+
+def job_gauges(backlog: JobBacklog) -> Iterator[Metric]:
+    unfinished = GaugeMetricFamily("rootstock_jobs_unfinished", "Jobs queued, paused or running.", labels=["state"])
+    for state, num_jobs in backlog.num_jobs.items():
+        unfinished.add_metric([state], num_jobs)
+    yield unfinished
+    silence = GaugeMetricFamily(
+        "rootstock_job_silence_seconds_max", "Since the latest event of the stalest job.", labels=["state"]
+    )
+    for state, seconds in backlog.max_silence_seconds.items():
+        silence.add_metric([state], seconds)
+    yield silence
 
 
 def process_gauges(resident_bytes: Mapping[str, int]) -> Iterator[Metric]:

@@ -5,6 +5,7 @@ One registry per `Metrics`, none global. Histograms carry no tenant: that would 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,15 @@ from prometheus_client.exposition import choose_encoder
 from service.engine.sequence import SequenceReport
 from service.metrics.adapters import AdapterMetrics
 from service.metrics.drift import DriftMetrics
-from service.metrics.gauges import Scrape, engine_gauges, lease_gauges, process_gauges, quality_gauges, router_gauges
+from service.metrics.gauges import (
+    Scrape,
+    engine_gauges,
+    job_gauges,
+    lease_gauges,
+    process_gauges,
+    quality_gauges,
+    router_gauges,
+)
 from service.metrics.jobs import JobMetrics
 from service.metrics.origin import Origin
 from service.metrics.requests import RequestMetrics, seconds_to_first_token
@@ -22,6 +31,7 @@ from service.metrics.tenants import TenantMetrics
 
 if TYPE_CHECKING:
     from service.engine.observation import EngineStats
+    from service.job_backlog import JobBacklog
 
 
 class Metrics(TenantMetrics, RequestMetrics, AdapterMetrics, JobMetrics, RolloutMetrics):
@@ -30,6 +40,7 @@ class Metrics(TenantMetrics, RequestMetrics, AdapterMetrics, JobMetrics, Rollout
     def __init__(self, *, max_tenant_labels: int = 200, router_aliases: bool = False) -> None:
         super().__init__(max_tenant_labels)
         self.drift = DriftMetrics(self.registry, self._tenant_labels.shown)
+        self._gauge("start_time_seconds", "When this process started, unix time.").set(time.time())
         self._router_aliases = router_aliases
         self._origins: dict[str, Origin] = {}
 
@@ -74,6 +85,15 @@ class Metrics(TenantMetrics, RequestMetrics, AdapterMetrics, JobMetrics, Rollout
 
     def watch_processes(self, resident_bytes: Callable[[], Mapping[str, int]]) -> None:
         self.registry.register(Scrape(lambda: process_gauges(resident_bytes())))
+
+    def watch_jobs(self, backlog: Callable[[], JobBacklog]) -> None:
+        self.registry.register(Scrape(lambda: job_gauges(backlog())))
+
+    def watch_process(self, is_ready: Callable[[], bool], memory_limit_bytes: int | None) -> None:
+        """`is_ready` is what /readyz answers; without a limit there is no series of it."""
+        if memory_limit_bytes is not None:
+            self._gauge("memory_limit_bytes", "What the container may use, all processes.").set(memory_limit_bytes)
+        self._gauge("ready", "Whether /readyz says so.").set_function(lambda: float(is_ready()))
 
     def watch_quality(self, accuracies: Callable[[], Mapping[str, float]]) -> None:
         self.registry.register(Scrape(lambda: quality_gauges(accuracies(), self._tenant_labels)))

@@ -5,6 +5,8 @@ Histograms carry the operation only, and exemplars the trace id: from a slow buc
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from service.engine.sequence import SequenceReport
 from service.metrics.origin import INTERNAL_OPERATION, Origin
 from service.metrics.series import Series
@@ -20,6 +22,10 @@ DURATION_BUCKETS = (
 )
 PHASE_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 LOOP_LAG_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
+
+
+OUTCOMES = ("success", "rejected", "aborted", "error")
+"""Of an API request: answered, refused (4xx), left by the client, failed (5xx or an error inside a stream)."""
 
 
 class RequestMetrics(Series):
@@ -53,6 +59,12 @@ class RequestMetrics(Series):
         self._event_loop_lag = self._histogram(
             "event_loop_lag_seconds", "How late the API's event loop runs what is due.", LOOP_LAG_BUCKETS
         )
+
+    def expect_operations(self, operations: Iterable[str]) -> None:
+        """Their counters begin at 0: a counter that begins with its first error hides that one from every rate."""
+        for operation in operations:
+            for outcome in OUTCOMES:
+                self._requests.labels(operation, outcome)
 
     def loop_lagged(self, seconds: float) -> None:
         """The event loop ran something this much later than it was due."""

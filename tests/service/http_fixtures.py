@@ -39,6 +39,7 @@ from service.engine.engine import Engine
 from service.engine.grammar_compiler import GrammarCompiler
 from service.estimates import Estimates
 from service.health import Health
+from service.job_backlog import job_backlog
 from service.merges import Merges
 from service.metrics import Metrics
 from service.retraining import Retraining
@@ -149,6 +150,7 @@ def serve_fake(directory: Path, monitors: Monitors | None = None, **settings: ob
         engine = FakeEngine(observer=metrics)
         metrics.watch_engine(engine.stats)
         metrics.watch_leases(control.queue.max_lease_age_seconds)
+        metrics.watch_jobs(lambda: job_backlog(database))
         store = AdapterStore(str(directory / "adapters"), directory / "cache")
         health = Health(chosen.stall_seconds)
         health.watch(cast(Engine, engine))

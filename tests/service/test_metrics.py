@@ -15,8 +15,9 @@ from service.drift_states import DriftState
 from service.engine.phases import PhaseTimes
 from service.engine.sequence import FinishReason, SequenceReport
 from service.job import JobStatus
+from service.job_backlog import JobBacklog
 from service.metrics import Metrics, Origin
-from service.metrics.requests import DURATION_BUCKETS, TPOT_BUCKETS, TTFT_BUCKETS
+from service.metrics.requests import DURATION_BUCKETS, OUTCOMES, TPOT_BUCKETS, TTFT_BUCKETS
 from service.process_memory import resident_bytes
 from tests.fakes import FakeEngine
 
@@ -74,6 +75,11 @@ CONTRACT = {
     "rootstock_kv_cache_usage_ratio": ("gauge", set()),
     "rootstock_lease_age_seconds_max": ("gauge", set()),
     "rootstock_process_resident_bytes": ("gauge", {"process"}),
+    "rootstock_jobs_unfinished": ("gauge", {"state"}),
+    "rootstock_job_silence_seconds_max": ("gauge", {"state"}),
+    "rootstock_ready": ("gauge", set()),
+    "rootstock_start_time_seconds": ("gauge", set()),
+    "rootstock_memory_limit_bytes": ("gauge", set()),
 }
 
 
@@ -84,6 +90,8 @@ def metrics() -> Metrics:
     metrics.watch_engine(FakeEngine().stats)
     metrics.watch_leases(lambda: 4.5)
     metrics.watch_processes(lambda: resident_bytes({"api": os.getpid(), "engine": None}))
+    metrics.watch_jobs(lambda: JobBacklog({"queued": 2, "running": 0}, {"queued": 90.0}))
+    metrics.watch_process(lambda: True, 1 << 30)
     metrics.request_finished(CHAT, "tenant-a", "success", 0.2)
     metrics.sequence_submitted("chatcmpl-1-0", CHAT)
     metrics.sequence_finished(report("chatcmpl-1-0"))
@@ -183,6 +191,27 @@ def test_a_sequence_is_counted_under_the_operation_that_asked_for_it(metrics: Me
     assert value(metrics, "tokens_total", type="cached") == 10
     assert value(metrics, "tokens_total", type="training") == 100
     assert (value(metrics, "prefix_cache_queries_total"), value(metrics, "prefix_cache_hits_total")) == (14, 10)
+
+
+def test_the_counters_of_an_expected_operation_begin_at_zero_with_every_outcome(metrics: Metrics) -> None:
+    metrics.expect_operations(["chat", "files"])
+    counted = {outcome: value(metrics, "requests_total", operation="files", outcome=outcome) for outcome in OUTCOMES}
+    assert counted == dict.fromkeys(OUTCOMES, 0.0)
+    assert value(metrics, "requests_total", operation="chat", outcome="success") == 1
+
+
+def test_readiness_is_asked_at_each_scrape_and_an_unlimited_memory_has_no_series() -> None:
+    ready, metrics = [True], Metrics()
+    metrics.watch_process(lambda: ready[0], None)
+    assert value(metrics, "ready") == 1
+    ready[0] = False
+    assert value(metrics, "ready") == 0 and value(metrics, "memory_limit_bytes") is None
+
+
+def test_a_state_without_jobs_is_counted_as_zero_and_has_no_age(metrics: Metrics) -> None:
+    assert value(metrics, "jobs_unfinished", state="running") == 0
+    assert value(metrics, "job_silence_seconds_max", state="running") is None
+    assert value(metrics, "job_silence_seconds_max", state="queued") == 90
 
 
 def test_what_was_refused_has_no_duration(metrics: Metrics) -> None:
