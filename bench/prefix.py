@@ -9,12 +9,15 @@ from itertools import count
 from bench.goals import goal
 from bench.measurement import Entry, interleave, quantity, ratio
 from bench.plan import Plan
-from bench.serving import Row, random_prompts
+from bench.serving import Row, kv_bytes, random_prompts
 from bench.subject import Subject
 from bench.traffic import Client, TrafficRig, traffic
 
 QUESTION_TOKENS = 16
 """Behind the system prompt; every request has its own."""
+
+_ROWS_OF_ROOM = 16
+"""Beginnings are kept where memory is free: two rows' worth is taken by the two that may run."""
 
 
 def measure(subject: Subject, plan: Plan, tick: Callable[[str], None]) -> list[Entry]:
@@ -30,10 +33,10 @@ def measure(subject: Subject, plan: Plan, tick: Callable[[str], None]) -> list[E
     def first_token(rig: TrafficRig, num: int) -> Mapping[str, float]:
         return {"first token": rig.converse([Client(iter(rows(num)), 1)]).median_first_token_ms}
 
-    load = subject.adapters.__getitem__
+    load, room = subject.adapters.__getitem__, kv_bytes(subject.base, _ROWS_OF_ROOM)
     with (
-        traffic(subject.base, load, max_num_seqs=2) as cold,
-        traffic(subject.base, load, max_num_seqs=2, prefix_cache="tenant") as warm,
+        traffic(subject.base, load, max_num_seqs=2, kv_cache_bytes=room) as cold,
+        traffic(subject.base, load, max_num_seqs=2, kv_cache_bytes=room, prefix_cache="tenant") as warm,
     ):
         rigs = {"prefix computed": cold, "prefix reused": warm}
         for rig in rigs.values():
