@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from statistics import median, quantiles
@@ -35,7 +36,6 @@ LOCKED_TOKENS = 8
 TRAINED_EXAMPLES = 8
 """In one training step, the shortest piece of training whose speed can be told."""
 
-LOADS = (25, 50, 75, 100)
 ARMS = ("priorities", "target", "lock")
 TARGET = 1.2
 """Times the 99th percentile of serving alone at that load; what is promised is 1.25."""
@@ -52,24 +52,24 @@ def measure(subject: Subject, plan: Plan, tick: Callable[[str], None]) -> list[E
     with serving(subject.base, subject.adapters, max_num_seqs=NUM_ROWS) as rig, learning(trainer) as learner:
         watch = _Watch(rig, rows, learner, plan.co_serving_seconds)
         variants: dict[str, Variant] = {"training alone": watch.training, "0 % load, target": watch.idle}
-        for load in LOADS:
+        for load in plan.co_serving_loads:
             variants[f"{load} % load, no training"] = partial(watch.serving, load)
             variants[f"{load} % load, priorities"] = partial(watch.priorities, load)
             variants[f"{load} % load, target"] = partial(watch.target, load)
             variants[f"{load} % load, lock"] = partial(watch.lock, load)
         samples = interleave(variants, plan.co_serving_rounds, tick)
     tick("memory")
-    return _entries(samples, subject.is_cuda) + memory.entries(subject)
+    return _entries(samples, plan.co_serving_loads, subject.is_cuda) + memory.entries(subject)
 
 
-def _entries(samples: Samples, cuda: bool) -> list[Entry]:
+def _entries(samples: Samples, loads: Sequence[int], cuda: bool) -> list[Entry]:
     kept = curve.name("training kept", 0, "target")
     alone = "training alone.training"
     entries = [
         quantity(alone, samples, "tokens/s"),
         ratio(kept, samples, "0 % load, target.training", alone, goal(kept, cuda=cuda)),
     ]
-    for load in LOADS:
+    for load in loads:
         nobody = f"{load} % load, no training"
         entries.append(quantity(f"{nobody}.p99", samples, "ms"))
         if not cuda:  # what a GPU leaves idle, the clock of the CPU does not tell
@@ -106,7 +106,7 @@ class _Watch:
         self._learner = learner
         self._seconds = seconds
         self._gates: dict[int, TrainingGate] = {}
-        self._alone: dict[int, list[float]] = {load: [] for load in LOADS}
+        self._alone: dict[int, list[float]] = defaultdict(list)
         self._token_seconds = self._burst_seconds() / NUM_TOKENS
 
     def training(self) -> Mapping[str, float]:

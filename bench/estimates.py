@@ -49,11 +49,12 @@ SHAPES = (
 
 def measure(subject: Subject, plan: Plan, tick: Callable[[str], None]) -> list[Entry]:
     """Predicted ÷ actual of each shape, in every round a new run."""
-    variants = {shape.name: lambda shape=shape: _ratios(subject, plan, shape) for shape in SHAPES}
+    shapes = SHAPES[: plan.num_estimates]
+    variants = {shape.name: lambda shape=shape: _ratios(subject, plan, shape) for shape in shapes}
     samples = interleave(variants, plan.training_rounds, tick)
     return [
         quantity(f"{shape.name}.{name}", samples, "predicted ÷ actual", _goal(name, subject))
-        for shape in SHAPES
+        for shape in shapes
         for name in _QUANTITIES
     ]
 

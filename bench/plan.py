@@ -26,7 +26,11 @@ class Plan:
     """Optimizer steps of 16 examples, for each side and round."""
     co_serving_rounds: int = 3
     co_serving_seconds: float = 4.0
-    """How long each of 18 states (alone, or both in some way at some load) is watched in a round."""
+    """How long each state (alone, or both in some way at some load) is watched in a round."""
+    co_serving_loads: tuple[int, ...] = (25, 50, 75, 100)
+    """Percent."""
+    num_estimates: int = 3
+    """Of runs of different shape."""
 
     prefix_rounds: int = 3
     prefix_tokens: int = 768
@@ -67,4 +71,6 @@ class Plan:
             tier_requests=16,
             co_serving_rounds=1,
             co_serving_seconds=0.5,
+            co_serving_loads=(50,),
+            num_estimates=1,
         )
