@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import kubernetes_validate
 import pytest
@@ -18,6 +19,8 @@ from service.server import ABANDON_SECONDS
 
 K8S = Path(__file__).resolve().parent.parent / "k8s"
 KUSTOMIZATIONS = sorted(path.parent for path in K8S.rglob("kustomization.yaml"))
+COMPONENTS = [path for path in KUSTOMIZATIONS if path.parent.name == "components"]
+"""Parts of overlays: they render with a base only."""
 SCHEMA_VERSIONS = ("1.35", "1.37")
 ALERT = {"alert", "expr", "for", "labels", "annotations"}
 LABEL = {"app.kubernetes.io/name": "rootstock"}
@@ -171,7 +174,9 @@ def test_only_labelled_namespaces_reach_the_api_and_only_monitoring_reaches_the_
 
 
 @needs_kubectl
-@pytest.mark.parametrize("directory", KUSTOMIZATIONS, ids=lambda path: str(path.name))
+@pytest.mark.parametrize(
+    "directory", [path for path in KUSTOMIZATIONS if path not in COMPONENTS], ids=lambda path: str(path.name)
+)
 def test_every_kustomization_renders_to_valid_manifests_in_one_namespace(directory: Path) -> None:
     documents = render(directory)
     for document in documents:
@@ -204,6 +209,27 @@ def test_the_cpu_overlay_asks_for_no_gpu_and_uses_the_cpu_image() -> None:
     spec = deployment["spec"]["template"]["spec"]
     assert "nvidia.com/gpu" not in spec["containers"][0]["resources"]["limits"] and "tolerations" not in spec
     assert spec["containers"][0]["image"] == "rootstock:0.1.0"
+
+
+@needs_kubectl
+def test_with_the_component_of_traces_the_pod_knows_its_collector_and_may_reach_it(tmp_path: Path) -> None:
+    copy = shutil.copytree(K8S, tmp_path / "k8s")
+    cpu = copy / "overlays" / "cpu" / "kustomization.yaml"
+    cpu.write_text(f"{cpu.read_text()}components: [../../components/traces]\n")
+    documents = render(cpu.parent)
+    for document in documents:
+        check_schema(document, SCHEMA_VERSIONS[-1])
+    (settings,) = [document["data"] for document in documents if document["kind"] == "ConfigMap"]
+    collector = urlsplit(settings["ROOTSTOCK_OTLP_ENDPOINT"])
+    assert settings["ROOTSTOCK_DATA_DIR"] == "/data"
+    policies = {d["metadata"]["name"]: d["spec"] for d in documents if d["kind"] == "NetworkPolicy"}
+    assert set(policies) == {"rootstock", "rootstock-traces"}
+    assert policies["rootstock-traces"]["podSelector"] == policies["rootstock"]["podSelector"]
+    (rule,) = policies["rootstock-traces"]["egress"]
+    (peer,) = rule["to"]
+    namespace = peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+    assert (collector.hostname or "").endswith(f".{namespace}")
+    assert [port["port"] for port in rule["ports"]] == [collector.port]
 
 
 def render(directory: Path) -> list[dict[str, Any]]:
