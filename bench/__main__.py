@@ -10,7 +10,7 @@ import os
 import time
 from pathlib import Path
 
-NAMES = ("decode", "peers", "http", "prefix", "tiers", "training", "jobs", "estimates", "co-serving")
+NAMES = ("decode", "peers", "http", "prefix", "tiers", "training", "drift", "jobs", "estimates", "co-serving")
 
 
 def main(arguments: list[str] | None = None) -> None:

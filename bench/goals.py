@@ -16,6 +16,11 @@ _EVERYWHERE = {
     "p99 first token beside a flood ÷ alone, 1 client": Goal("≤", 2.0, ""),
     "p99 first token beside a flood ÷ alone, 8 clients": Goal("≤", 2.0, ""),
     "HTTP ÷ engine": Goal("≥", 0.95, ""),
+    **{
+        f"{what} watched ÷ not, {clients}": Goal("≤", 1.01, "")
+        for what in ("first token", "answer")
+        for clients in ("1 client", "4 clients")
+    },
     "training ÷ PEFT": Goal("≥", 2.0, "Unsloth 2 (vendor), packing 3.4 (torchtune)"),
     **{f"p99 ÷ no training, {load} % load, target": Goal("≤", 1.25, "") for load in (25, 50, 75, 100)},
     "training kept, 0 % load, target": Goal("≥", 0.97, ""),

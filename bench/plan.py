@@ -21,6 +21,13 @@ class Plan:
     streaming_tokens: int = 64
     probe_rounds: int = 2
     probe_idle_seconds: float = 0.5
+    watching_rounds: int = 40
+    watching_requests: int = 4
+    """One after the other, of each client, in one round of either service."""
+    watching_tokens: int = 32
+    watching_clients: int = 4
+    watching_baseline: bool = True
+    """Whether answers are watched as well: that begins after 200 of them."""
     training_rounds: int = 3
     training_steps: int = 5
     """Optimizer steps of 16 examples, for each side and round."""
@@ -61,6 +68,9 @@ class Plan:
             streaming_tokens=16,
             probe_rounds=1,
             probe_idle_seconds=0.3,
+            watching_rounds=2,
+            watching_tokens=8,
+            watching_baseline=False,
             training_rounds=1,
             training_steps=2,
             prefix_rounds=1,

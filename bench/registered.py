@@ -53,7 +53,7 @@ def registered(subject: Subject, directory: Path, num: int) -> Iterator[Register
     try:
         tenant, _ = Tenants(database).create("bench")
         with database.begin() as connection:
-            connection.execute(jobs.insert().values(**_job(tenant.id)))
+            connection.execute(jobs.insert().values(**job_row(tenant.id)))
             for number, digest in enumerate(digests):
                 version = AdapterVersion(f"ft:{number}", tenant.id, digest, "job", "bench", fingerprint, {})
                 insert_version(connection, version)
@@ -90,7 +90,8 @@ def _entry(content: bytes) -> dict[str, object]:
     return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
 
 
-def _job(tenant_id: str) -> dict[str, object]:
+def job_row(tenant_id: str) -> dict[str, object]:
+    """The finished job that versions come from."""
     return {
         "id": "job",
         "tenant_id": tenant_id,

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from bench import against_peers, co_serving, decode, estimates, multi_job, prefix, streaming, tiers, training
+from bench import against_peers, co_serving, decode, estimates, multi_job, prefix, streaming, tiers, training, watching
 from bench.measurement import Entry
 from bench.plan import Plan
 from bench.subject import Subject, prepare
@@ -20,6 +20,7 @@ MEASUREMENTS: dict[str, tuple[str, Measurement]] = {
     "prefix": ("A beginning that prompts share", prefix.measure),
     "tiers": ("More adapters than slots, more requests than seats", tiers.measure),
     "training": ("Training", training.measure),
+    "drift": ("Watching for drift", watching.measure),
     "jobs": ("Several training jobs at once", multi_job.measure),
     "estimates": ("Estimates of a run", estimates.measure),
     "co-serving": ("Training beside serving", co_serving.measure),

@@ -1,7 +1,8 @@
 """Prompts measured by the base, behind everybody's requests and within a budget. Knows the engine's messages, not why.
 
-While nobody else runs or waits, probes are free. Otherwise they may cost `SHARE` of the time. What one costs beside
-others cannot be told from its own waiting, so it is charged what its chunks took when nobody else was there; until
+While nobody else runs or waits, nor has for `QUIET_SECONDS`, probes are free. Otherwise they may cost `SHARE` of the
+time: who asks again as soon as it is answered would find a probe in every gap between its requests. What one costs
+beside others cannot be told from its own waiting, so it is charged what its chunks took when nobody else was there; until
 that is known, all the time that it was under way.
 """
 
@@ -25,6 +26,7 @@ from service.engine.sequence import GenerationRequest, OutputChunk
 PROBE_PRIORITY = -100
 ACCOUNT = "{tenant}/drift"
 SHARE = 0.01
+QUIET_SECONDS = 0.2
 MAX_CREDIT_SECONDS = 1.0
 TIMEOUT_SECONDS = 60.0
 CHECK_SECONDS = 0.2
@@ -44,12 +46,13 @@ class Probing(Protocol):
 class Probed:
     """`embedding` [hidden] of length one; `nll` the prompt's mean token NLL in nats, where the engine tells it.
 
-    `seconds` of computing, as far as that can be told.
+    `seconds` of computing, as far as that can be told; `is_free`: nobody else was there.
     """
 
     embedding: NDArray[np.float32]
     nll: float | None
     seconds: float
+    is_free: bool
 
 
 class ProbeBudget:
@@ -84,25 +87,36 @@ class Prober:
         self._clock = clock
         self._budget = ProbeBudget(clock)
         self._chunk_seconds: float | None = None
+        self._ended_at: float | None = None
+        """When the latest probe did: steps until then may have been its own."""
 
     @property
     def may_start(self) -> bool:
         stats = self._engine.stats()
-        return stats.alive and not stats.restarting and (_is_idle(stats) or self._budget.credit_seconds > 0)
+        return stats.alive and not stats.restarting and (self._is_quiet(stats) or self._budget.credit_seconds > 0)
 
     def measure(self, tenant_id: str, prompt: tuple[int, ...]) -> Probed | None:
         """None when the engine did not measure it."""
-        is_free = _is_idle(self._engine.stats())
+        is_free = self._is_quiet(self._engine.stats())
         start = self._clock()
         request_id, account = f"drift-{uuid.uuid4().hex}", ACCOUNT.format(tenant=tenant_id)
         request = GenerationRequest.probe(request_id, prompt, account, priority=PROBE_PRIORITY)
         chunk = self._ask(replace(request, timeout_seconds=TIMEOUT_SECONDS))
-        seconds = self._cost(len(prompt), self._clock() - start, is_free)
+        self._ended_at = self._clock()
+        seconds = self._cost(len(prompt), self._ended_at - start, is_free)
         if not is_free:
             self._budget.charge(seconds)
         if chunk is None or chunk.embedding is None:
             return None
-        return Probed(chunk.embedding, chunk.prompt_nll, seconds)
+        return Probed(chunk.embedding, chunk.prompt_nll, seconds, is_free)
+
+    def _is_quiet(self, stats: EngineStats) -> bool:
+        if stats.num_running or stats.num_waiting:
+            return False
+        last = stats.last_step_at
+        if last is None or (self._ended_at is not None and last <= self._ended_at):
+            return True
+        return self._clock() - last >= QUIET_SECONDS
 
     def _ask(self, request: GenerationRequest) -> OutputChunk | None:
         chunks: SimpleQueue[OutputChunk] = SimpleQueue()
@@ -129,7 +143,3 @@ class Prober:
             self._chunk_seconds = seconds if known is None else min(seconds, known * 1.05)
             return wall_seconds
         return wall_seconds if self._chunk_seconds is None else min(wall_seconds, num_chunks * self._chunk_seconds)
-
-
-def _is_idle(stats: EngineStats) -> bool:
-    return stats.num_running == 0 and stats.num_waiting == 0

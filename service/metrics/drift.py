@@ -20,6 +20,9 @@ log = structlog.get_logger("service.metrics")
 ByLabel = Callable[[Callable[[str], str]], Mapping[str, Worst]]
 """`DriftBoard.worst`."""
 
+_BESIDE = {True: "nobody", False: "requests"}
+"""Who was there while a probe was measured: what it took of nobody's time costs nobody anything."""
+
 
 class DriftMetrics:
     """`DriftWatch`'s observer; `shown` is the label under which a tenant is shown."""
@@ -28,7 +31,9 @@ class DriftMetrics:
         self._registry = registry
         self._shown = shown
         self._probes = self._counter("probes", "First prompts of conversations, by outcome.", "outcome")
-        self._probe_seconds = self._counter("probe_seconds", "Computing that probes took.")
+        self._probe_seconds = self._counter("probe_seconds", "Computing that probes took.", "beside")
+        for beside in _BESIDE.values():
+            self._probe_seconds.labels(beside)
         self._alarms = self._counter("alarms", "Signals that went into drift.", "signal")
         for signal in (*PROMPT_SIGNALS, *SIGNALS):
             self._alarms.labels(signal)  # a counter that begins with its first alarm hides that one from every rate
@@ -40,8 +45,8 @@ class DriftMetrics:
         """Of a prompt: measured, failed, or not looked at: duplicate, capped, dropped."""
         self._probes.labels(outcome).inc()
 
-    def drift_probed(self, seconds: float) -> None:
-        self._probe_seconds.inc(seconds)
+    def drift_probed(self, seconds: float, is_free: bool) -> None:
+        self._probe_seconds.labels(_BESIDE[is_free]).inc(seconds)
 
     def drift_alarmed(self, signal: str) -> None:
         self._alarms.labels(signal).inc()

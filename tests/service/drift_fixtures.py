@@ -123,6 +123,7 @@ class ProbedEngine:
 
     num_running: int = 0
     num_waiting: int = 0
+    last_step_at: float | None = None
     refusal: EngineError | None = None
     fails: bool = False
     silent: bool = False
@@ -156,7 +157,7 @@ class ProbedEngine:
             waiting_adapters=(),
             num_steps=1,
             num_preemptions=0,
-            last_step_at=None,
+            last_step_at=self.last_step_at,
             busy_since=None,
             num_restarts=0,
             restarting=False,
@@ -205,7 +206,7 @@ class CountingObserver:
     def drift_probe_ended(self, outcome: str) -> None:
         self.ended[outcome] += 1
 
-    def drift_probed(self, seconds: float) -> None:
+    def drift_probed(self, seconds: float, is_free: bool) -> None:
         self.seconds += seconds
 
     def drift_alarmed(self, signal: str) -> None:

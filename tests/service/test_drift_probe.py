@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from service.drift_probe import PROBE_PRIORITY, SHARE, ProbeBudget, Prober
+from service.drift_probe import PROBE_PRIORITY, QUIET_SECONDS, SHARE, ProbeBudget, Prober
 from service.engine.errors import EngineDeadError, QueueFullError
 from tests.service.drift_fixtures import ProbedEngine, wait_until
 
@@ -64,6 +64,23 @@ def test_an_idle_engine_is_probed_freely_and_a_dead_one_is_not() -> None:
     assert not one.may_start
     engine.refusal = EngineDeadError("gone")
     assert one.measure("acme", PROMPT) is None
+
+
+def test_the_gap_before_somebody_asks_again_is_not_free() -> None:
+    """A client that asks as soon as it is answered met a probe in each gap."""
+    engine, clock = ProbedEngine(), Clock()
+    one = prober(engine, clock)
+    clock.now = engine.last_step_at = 10.0
+    assert one.may_start, "there is credit"
+    engine.on_probe = lambda request: setattr(clock, "now", clock.now + 5.0)
+    probed = one.measure("acme", PROMPT)
+    assert probed is not None and not probed.is_free
+    assert one.may_start, "since then there was nobody"
+    engine.last_step_at = clock.now = clock.now + 1.0
+    assert not one.may_start
+    clock.now += 2 * QUIET_SECONDS
+    probed = one.measure("acme", PROMPT) if one.may_start else None
+    assert probed is not None and probed.is_free
 
 
 @pytest.mark.parametrize("known_seconds", [None, 0.02])

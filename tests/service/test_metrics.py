@@ -44,7 +44,7 @@ CONTRACT = {
     "rootstock_feedback_total": ("counter", {"rating"}),
     "rootstock_completion_records_dropped_total": ("counter", set()),
     "rootstock_drift_probes_total": ("counter", {"outcome"}),
-    "rootstock_drift_probe_seconds_total": ("counter", set()),
+    "rootstock_drift_probe_seconds_total": ("counter", {"beside"}),
     "rootstock_drift_alarms_total": ("counter", {"signal"}),
     "rootstock_drift_expected_false_alarms_total": ("counter", set()),
     "rootstock_drift_failures_total": ("counter", set()),

@@ -35,8 +35,9 @@ class Server:
 
 
 @asynccontextmanager
-async def running_server() -> AsyncIterator[Server]:
-    """A ready service on the bundled base; stopped with SIGTERM afterwards. Raises ServerError."""
+async def running_server(*options: str) -> AsyncIterator[Server]:
+    """A ready service on the bundled base; stopped with SIGTERM afterwards. `options` are further ones of `rootstock
+    serve`. Raises ServerError."""
     with TemporaryDirectory(prefix="rootstock-demo-") as directory:
         log = Path(directory) / "server.log"
         port, ops_port = _free_ports(2)
@@ -45,6 +46,7 @@ async def running_server() -> AsyncIterator[Server]:
             process = await asyncio.create_subprocess_exec(
                 *(str(Path(sys.executable).with_name("rootstock")), "serve", "--host", "127.0.0.1"),
                 *("--port", str(port), "--ops-port", str(ops_port), "--data-dir", str(Path(directory) / "data")),
+                *options,
                 env={**_environment(), "ROOTSTOCK_ADMIN_KEY": server.admin_key},
                 stdout=output,
                 stderr=asyncio.subprocess.STDOUT,

@@ -90,11 +90,11 @@ class Tenant:
         return Answer((completion.choices[0].message.content or "").strip(), completion.model)
 
 
-async def create_tenants(server: Server) -> list[Tenant]:
-    """The three tenants, made by the admin API."""
+async def create_tenants(server: Server, names: Sequence[str] = tuple(NUM_EPOCHS)) -> list[Tenant]:
+    """Tenants with example sets, all three unless named, made by the admin API."""
     headers = {"Authorization": f"Bearer {server.admin_key}"}
     async with httpx.AsyncClient(base_url=server.url, headers=headers, trust_env=False) as admin:
-        return [await _create_tenant(admin, server, name) for name in NUM_EPOCHS]
+        return [await _create_tenant(admin, server, name) for name in names]
 
 
 async def _create_tenant(admin: httpx.AsyncClient, server: Server, name: str) -> Tenant:

@@ -112,9 +112,9 @@ _DRIFT = Section(
         ),
         Panel(
             "What measuring costs",
-            "Share of the time that the engine spends on prompts of drift.",
+            "Share of the time that the engine spends on prompts of drift beside requests; idle time is free.",
             "percentunit",
-            [Query(rate("rootstock_drift_probe_seconds_total"), "measuring")],
+            [Query(rate("rootstock_drift_probe_seconds_total", f'{JOB}, beside="requests"'), "measuring")],
             width=6,
             bad_from=0.01,
         ),

@@ -1,0 +1,1 @@
+"""`python -m tools.drift_walk`: what an operator sees when one tenant's traffic shifts and another's does not."""
