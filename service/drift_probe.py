@@ -2,8 +2,8 @@
 
 While nobody else runs or waits, nor has for `QUIET_SECONDS`, probes are free. Otherwise they may cost `SHARE` of the
 time: who asks again as soon as it is answered would find a probe in every gap between its requests. What one costs
-beside others cannot be told from its own waiting, so it is charged what its chunks took when nobody else was there; until
-that is known, all the time that it was under way.
+beside others cannot be told from its own waiting, so it is charged what its chunks took when nobody else was there;
+until that is known, all the time that it was under way.
 """
 
 from __future__ import annotations
