@@ -26,6 +26,9 @@ from tools.drift_walk.webhook import Webhook, listening
 SHIFTING, STEADY, OTHER_DOMAIN = "harbour-bank", "lantern-hotels", "copper-kettle"
 CORRECTED = "not a matter of the bank"
 NUM_CORRECTED = 24
+NUM_BEFORE_PAUSE = 8
+"""Prompts of each tenant without a pause: the watch lets at most 16 of a stream wait to be measured."""
+
 MAX_TOKENS = 16
 JOB_SECONDS, SETTLE_SECONDS = 400.0, 60.0
 
@@ -59,8 +62,9 @@ class Walk:
                 if shifted and name == SHIFTING and number < NUM_CORRECTED:
                     body = {"completion_id": answer, "corrected": CORRECTED, "rating": -1}
                     await self.tenants[name].client.post("/feedback", cast_to=object, body=body)
-            if shifted:
+            if shifted or number % NUM_BEFORE_PAUSE == 0:
                 await self._settle()
+            if shifted:
                 for signal in (await self.views())[SHIFTING]["signals"]:
                     if signal["state"] == "drift":
                         self.called_after.setdefault(signal["signal"], number + 1)
