@@ -43,7 +43,7 @@ class Results:
             "date": self.date,
             "quick": self.quick,
             "machine": dict(self.machine),
-            "plan": dict(self.plan),
+            "plan": {name: list(v) if isinstance(v, tuple) else v for name, v in self.plan.items()},  # as JSON has it
             "sections": {name: [_entry(entry) for entry in entries] for name, entries in self.sections.items()},
         }
 
