@@ -70,8 +70,8 @@ def measure(subject: Subject, plan: Plan, tick: Callable[[str], None]) -> list[E
                 name = f"{what} watched ÷ not{beside}"
                 of = (f"watched{beside}.{what}", f"not watched{beside}.{what}")
                 entries.append(ratio(name, samples, *of, goal(name, cuda=subject.is_cuda)))
-        number, seconds = (after - then for after, then in zip(_measured(watched), before, strict=True))
-    per_prompt = {"a prompt.measuring": [seconds / number * 1e3]}
+        measured, spent = (after - then for after, then in zip(_measured(watched), before, strict=True))
+    per_prompt = {"a prompt.measuring": [spent / measured * 1e3]}
     return [*entries, quantity("a prompt.measuring", per_prompt, "ms")]
 
 

@@ -35,11 +35,14 @@ def _name_request(logger: WrappedLogger, method: str, event: EventDict) -> Event
     return event
 
 
+ID_PROCESSORS: tuple[Processor, ...] = (structlog.contextvars.merge_contextvars, _name_request)
+"""What gives a line the ids of its request."""
+
+
 def configure_logging(level: str, log_format: Literal["text", "json"]) -> None:
     """Send everything of at least `level` to stderr. Called once, by the command that serves."""
     shared: list[Processor] = [
-        structlog.contextvars.merge_contextvars,
-        _name_request,
+        *ID_PROCESSORS,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.ExtraAdder(),

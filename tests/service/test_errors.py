@@ -11,6 +11,7 @@ from adapters.errors import AdapterFormatError, AdapterNotFoundError, DatasetErr
 from service import errors
 from service.engine.errors import EngineDeadError, QueueFullError, RequestRejectedError
 from service.errors import ServiceError, wire_error
+from service.log import ID_PROCESSORS
 from tests.service.http_fixtures import ADMIN_KEY, Served, serve_fake
 
 
@@ -127,7 +128,7 @@ def test_an_unexpected_exception_is_a_500_that_names_the_request_but_not_the_cau
         raise RuntimeError("the password is swordfish")
 
     monkeypatch.setattr(served.control.registry, "route", explode)
-    with structlog.testing.capture_logs() as logs:
+    with structlog.testing.capture_logs(processors=ID_PROCESSORS) as logs:
         answer = _post(served, json={"model": "tiny", "messages": [{"role": "user", "content": "x"}]})
     assert answer.status_code == 500
     assert answer.json()["error"]["type"] == "server_error" and "swordfish" not in answer.text
@@ -136,7 +137,7 @@ def test_an_unexpected_exception_is_a_500_that_names_the_request_but_not_the_cau
 
 
 def test_the_log_line_of_a_request_names_the_tenant_and_neither_key_nor_prompt(served: Served) -> None:
-    with structlog.testing.capture_logs() as logs:
+    with structlog.testing.capture_logs(processors=ID_PROCESSORS) as logs:
         _post(served, json={"model": "tiny", "messages": [{"role": "user", "content": "my secret prompt"}]})
         served.wait_until(lambda: any(line["event"] == "request" for line in logs))
     (line,) = (line for line in logs if line["event"] == "request")
