@@ -58,10 +58,11 @@ class Entry:
 
 
 def interleave(variants: Mapping[str, Variant], num_rounds: int, tick: Callable[[str], None]) -> Samples:
-    """Run every variant once per round; quantities are named `variant.quantity`."""
+    """Run every variant once per round, in turns forth and back; quantities are named `variant.quantity`."""
     samples: dict[str, list[float]] = {}
-    for _ in range(num_rounds):
-        for name, variant in variants.items():
+    forth = list(variants.items())
+    for number in range(num_rounds):
+        for name, variant in forth if number % 2 == 0 else reversed(forth):
             tick(name)
             for quantity, value in variant().items():
                 samples.setdefault(f"{name}.{quantity}", []).append(value)

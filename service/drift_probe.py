@@ -1,6 +1,6 @@
 """Prompts measured by the base, behind everybody's requests and within a budget. Knows the engine's messages, not why.
 
-While nobody else runs or waits, nor has for `QUIET_SECONDS`, probes are free. Otherwise they may cost `SHARE` of the
+While nobody else runs or waits, nor has for `QUIET_SECONDS`, probes are free. Otherwise they may cost `SHARE` of that
 time: who asks again as soon as it is answered would find a probe in every gap between its requests. What one costs
 beside others cannot be told from its own waiting, so it is charged what its chunks took when nobody else was there;
 until that is known, all the time that it was under way.
@@ -25,9 +25,9 @@ from service.engine.sequence import GenerationRequest, OutputChunk
 
 PROBE_PRIORITY = -100
 ACCOUNT = "{tenant}/drift"
-SHARE = 0.01
+SHARE = 0.005
 QUIET_SECONDS = 0.2
-MAX_CREDIT_SECONDS = 1.0
+MAX_STEP_SECONDS = 0.5
 TIMEOUT_SECONDS = 60.0
 CHECK_SECONDS = 0.2
 
@@ -56,23 +56,31 @@ class Probed:
 
 
 class ProbeBudget:
-    """A share of the time that has passed; what was not used is kept for a second's worth of probing at most."""
+    """A share of the time in which others were there: each probe is a debt that such time pays off.
+
+    Time without anybody pays nothing, or each burst of requests would find what was saved up before it.
+    """
 
     def __init__(self, clock: Callable[[], float], share: float = SHARE) -> None:
         self._clock = clock
         self._share = share
-        self._credit = 0.0
+        self._debt = 0.0
         self._at = clock()
 
     @property
-    def credit_seconds(self) -> float:
+    def debt_seconds(self) -> float:
+        """Somebody is there, and a probe waits: asked every now and then, at most `MAX_STEP_SECONDS` count at once."""
         now = self._clock()
-        self._credit = min(MAX_CREDIT_SECONDS, self._credit + (now - self._at) * self._share)
+        self._debt = max(0.0, self._debt - min(MAX_STEP_SECONDS, now - self._at) * self._share)
         self._at = now
-        return self._credit
+        return self._debt
+
+    def idle(self) -> None:
+        """Nobody was there until now."""
+        self._at = self._clock()
 
     def charge(self, seconds: float) -> None:
-        self._credit = self.credit_seconds - seconds
+        self._debt += seconds
 
 
 class Prober:
@@ -93,7 +101,12 @@ class Prober:
     @property
     def may_start(self) -> bool:
         stats = self._engine.stats()
-        return stats.alive and not stats.restarting and (self._is_quiet(stats) or self._budget.credit_seconds > 0)
+        if not stats.alive or stats.restarting:
+            return False
+        if self._is_quiet(stats):
+            self._budget.idle()
+            return True
+        return not self._budget.debt_seconds
 
     def measure(self, tenant_id: str, prompt: tuple[int, ...]) -> Probed | None:
         """None when the engine did not measure it."""

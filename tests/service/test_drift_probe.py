@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from service.drift_probe import PROBE_PRIORITY, QUIET_SECONDS, SHARE, ProbeBudget, Prober
+from service.drift_probe import MAX_STEP_SECONDS, PROBE_PRIORITY, QUIET_SECONDS, SHARE, ProbeBudget, Prober
 from service.engine.errors import EngineDeadError, QueueFullError
 from tests.service.drift_fixtures import ProbedEngine, wait_until
 
@@ -75,7 +75,7 @@ def test_the_gap_before_somebody_asks_again_is_not_free() -> None:
         return one.may_start
 
     clock.now = engine.last_step_at = 10.0
-    assert may_start(), "there is credit"
+    assert may_start(), "there is no debt"
     engine.on_probe = lambda request: setattr(clock, "now", clock.now + 5.0)
     probed = one.measure("acme", PROMPT)
     assert probed is not None and not probed.is_free
@@ -111,10 +111,35 @@ def test_beside_others_probes_take_their_share_of_the_time_and_no_more(known_sec
 
 
 def test_nothing_is_saved_up_for_a_burst() -> None:
+    """Neither in the time without anybody nor in that without a prompt to measure."""
     clock = Clock()
-    budget = ProbeBudget(clock)
-    clock.now = 1e6
-    assert budget.credit_seconds == 1.0
-    budget.charge(3.0)
-    clock.now += 150.0
-    assert budget.credit_seconds == pytest.approx(-0.5)
+    budget = ProbeBudget(clock, share=0.01)
+    budget.charge(0.03)
+    clock.now += 1e6
+    budget.idle()
+    assert budget.debt_seconds == 0.03
+    for _ in range(10):
+        clock.now += 0.1
+        assert budget.debt_seconds > 0
+    assert budget.debt_seconds == pytest.approx(0.02)
+    clock.now += 1e6  # nobody asked meanwhile
+    assert budget.debt_seconds == pytest.approx(0.02 - MAX_STEP_SECONDS * 0.01)
+
+
+def test_bursts_of_requests_meet_no_more_probes_than_steady_ones() -> None:
+    engine, clock, num_beside = ProbedEngine(), Clock(), 0
+    one = prober(engine, clock)
+    engine.on_probe = lambda request: setattr(clock, "now", clock.now + 0.05)
+    for _ in range(500):
+        engine.num_running, end = 1, clock.now + 2.0
+        while clock.now < end:
+            if one.may_start:
+                assert one.measure("acme", PROMPT) is not None
+                num_beside += 1
+            clock.now += 0.1
+        engine.num_running, engine.last_step_at, end = 0, clock.now, clock.now + 10.0
+        while clock.now < end:
+            if one.may_start:
+                assert one.measure("acme", PROMPT) is not None
+            clock.now += 0.1
+    assert num_beside * 0.05 / 1000.0 == pytest.approx(SHARE, rel=0.15)
