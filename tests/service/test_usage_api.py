@@ -111,7 +111,8 @@ def test_groups_buckets_and_pages(served: Served) -> None:
     assert by_key == {served.control.acme_key.split("-")[1]: 1, second["id"]: 2}
     (whole,) = usage(served, group_by="model")
     assert (whole["model"], whole["api_key_id"], whole["num_model_requests"]) == ("tiny", None, 3)
-    http, query = served.http(), {**START, "bucket_width": "1h", "limit": "1"}
+    http = served.http()
+    query: dict[str, str | int] = {**START, "bucket_width": "1h", "limit": "1"}
     pages = [http.get("/v1/usage", params=query).raise_for_status().json()]
     while pages[-1]["has_more"]:
         query["page"] = pages[-1]["next_page"]

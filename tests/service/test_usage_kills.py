@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -72,7 +73,12 @@ def test_after_kills_the_books_hold_what_clients_were_told_and_what_was_cut_shor
     tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     rng, told, key = random.Random(20), Told(), ""
-    settings = {"base_name": "base", "quantization": "none", "training": False, "kv_cache_bytes": "32MiB"}
+    settings: dict[str, Any] = {
+        "base_name": "base",
+        "quantization": "none",
+        "training": False,
+        "kv_cache_bytes": "32MiB",
+    }
     for _ in range(NUM_KILLS):
         with rootstock_serve(tiny_llama_dir, tmp_path, **settings) as running:
             key = key or running.client().api_key
