@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Request
 
-from service.api.auth import TenantDep
+from service.api.auth import KeyIdDep, TenantDep
 from service.api.evaluation_schemas import requested_gate
 from service.api.fine_tuning_schemas import MAX_SEED, JobRequest
 from service.api.pages import After, Limit, list_body, only_query
@@ -41,12 +41,14 @@ CHECKPOINT_METRICS = (
 def create_job(
     body: JobRequest,
     tenant: TenantDep,
+    key_id: KeyIdDep,
     services: ServicesDep,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
     x_stainless_retry_count: Annotated[str | None, Header()] = None,
 ) -> dict[str, Any]:
     spec = _spec(body, tenant.id, services)
-    return job_body(services.jobs.create(tenant.id, spec, _idempotency(body, idempotency_key, x_stainless_retry_count)))
+    idempotency = _idempotency(body, idempotency_key, x_stainless_retry_count)
+    return job_body(services.jobs.create(tenant.id, spec, idempotency, key_id=key_id))
 
 
 @router.post("/estimate")

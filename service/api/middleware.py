@@ -42,6 +42,8 @@ OPERATIONS = {
     "/v1/aliases": "aliases",
     "/v1/feedback": "feedback",
     "/v1/drift": "drift",
+    "/v1/usage": "usage",
+    "/v1/keys": "keys",
     "/v1/admin/": "admin",
 }
 """Prefix of the path -> the metric label `operation`."""
@@ -137,6 +139,8 @@ class _Exchange:
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = self.state["request_id"]
             headers["x-trace-id"] = self.state["trace_id"]
+            if (rate_headers := self.state.get("rate_headers")) is not None:
+                headers.update(rate_headers())
             if self._drain.begun:
                 headers["connection"] = "close"  # the next request of this client shall find another place
         await self._send(message)
