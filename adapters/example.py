@@ -163,13 +163,22 @@ def _json_object(raw: bytes, needed: str) -> dict[str, Any]:
     if len(raw) > MAX_LINE_BYTES:
         raise ValueError(f"longer than {MAX_LINE_BYTES // (1024 * 1024)} MiB")
     try:
-        value = json.loads(raw)
+        value = json.loads(raw, object_pairs_hook=_no_key_twice)
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(value, dict):
         raise ValueError(f"must be a JSON object {needed}")
+    return value
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """One of the two values would be dropped in silence."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in value if names.count(name) > 1)[:40]!r} is there twice")
     return value
 
 

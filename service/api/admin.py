@@ -8,13 +8,14 @@ from fastapi import APIRouter, Depends
 from pydantic import Field
 
 from service.api.auth import AdminDep
+from service.api.json_body import JsonRoute
 from service.api.models import retire
 from service.api.pages import list_body, only_query
 from service.api.services import ServicesDep
 from service.api.wire import WireModel
 from service.tenants import Tenant
 
-router = APIRouter(prefix="/v1/admin/tenants", tags=["admin"])
+router = APIRouter(route_class=JsonRoute, prefix="/v1/admin/tenants", tags=["admin"])
 
 
 class TenantRequest(WireModel):
