@@ -28,7 +28,11 @@ CASES = [
     Case("10 000 levels of objects", _body(b'{"a":' * 10_000 + b"1" + b"}" * 10_000), says="nested"),
     Case("10 000 levels in a field", chat_text('"tools":' + "[" * 10_000 + "]" * 10_000), says="nested"),
     Case("900 levels in a field", chat_text('"metadata":' + '{"a":' * 900 + "1" + "}" * 900), param="metadata.a"),
-    Case("900 levels in a schema", chat_text('"structured_outputs":{"json":' + '{"a":' * 900 + "1" + "}" * 901)),
+    Case(
+        "900 levels in a schema",
+        chat_text('"structured_outputs":{"json":' + '{"a":' * 900 + "1" + "}" * 901),
+        param="structured_outputs.json",
+    ),
     Case("a key twice", chat_text('"n":1,"n":2'), param="n", says="twice"),
     Case("a key twice, further in", chat_text('"metadata":{"a":"1","a":"2"}'), param="a", says="twice"),
     Case("a body over the limit", _body(b" " * (9 << 20)), 413),
