@@ -43,7 +43,7 @@ class JsonRoute(APIRoute):
 def read_json(body: bytes) -> Any:
     """The value. Raises json.JSONDecodeError for what is no JSON, InvalidRequestError for what is not taken as such."""
     try:
-        value = json.loads(body, object_pairs_hook=_object, parse_constant=_constant)
+        value = json.loads(body.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=_constant)
     except RecursionError:
         raise InvalidRequestError("The JSON body is nested too deeply.", code="invalid_json") from None
     except UnicodeDecodeError:

@@ -48,6 +48,7 @@ CASES = [
     Case(
         "a form that stops in the middle",
         _form(upload(b"{}").body[:-30], f"multipart/form-data; boundary={BOUNDARY}".encode()),
+        param="file",
     ),
     Case("two files", upload(b"{}", "a.jsonl", part("file", b"{}", "b.jsonl"))),
     Case("1000 fields", form("/v1/files", *(part(f"a{n}", b"") for n in range(1000)))),

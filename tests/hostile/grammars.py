@@ -36,7 +36,7 @@ _FIRST = "evaluation.assertions[0]"
 
 CASES = [
     Case("a pattern that backtracks for ever", _regex("(a+)+$"), 200),
-    Case("a pattern that explodes", _regex("((a{1,1000}){1,1000}){1,1000}"), param=_REGEX),
+    Case("a pattern that explodes", _regex("((a{1,1000}){1,1000}){1,1000}"), 200),
     Case("a pattern of 100 kB", _regex("a" * 100_000), param=_REGEX),
     Case("a pattern that is none", _regex("(((("), param=_REGEX),
     Case("a pattern that looks back", _regex(r"(a)\1"), param=_REGEX),
@@ -47,7 +47,7 @@ CASES = [
     Case("a schema from this machine", _schema({"$ref": "file:///etc/passwd"}), param=_JSON),
     Case("40 levels of a schema", _schema(_deep(40)), param=_JSON),
     Case("a schema of 200 kB", _schema({"enum": [f"value {n}" for n in range(20_000)]}), param=_JSON),
-    Case("a schema of 10^9 items", _schema({"type": "array", "minItems": 10**9}), param=_JSON),
+    Case("a schema of 10^9 items", _schema({"type": "array", "minItems": 10**9}), 200),
     Case("a schema of nonsense", _schema({"type": "elephant"}), param=_JSON),
     Case(
         "10 000 choices",

@@ -25,7 +25,7 @@ from tests.service.http_fixtures import ADMIN_KEY
 from tests.service.real_service import RealService
 
 SETTLE_SECONDS = 3.0
-NOT_A_TRACE = ("Traceback", 'File "/', ".py", "site-packages", "sqlalchemy", "psycopg")
+NOT_A_TRACE = ("Traceback", 'File "/', '.py", line', "site-packages", "sqlalchemy", "psycopg")
 
 
 @dataclass(frozen=True)

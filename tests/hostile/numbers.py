@@ -71,7 +71,7 @@ CASES = [
     Case(
         "a layer of 10^100",
         job(hyperparameters={"layers_to_transform": [_HUGE]}),
-        param="hyperparameters.layers_to_transform",
+        param="hyperparameters.layers_to_transform[0]",
     ),
     Case("a seed for training of 2^31", job(seed=2**31), param="seed"),
     Case("a rating of NaN", post("/v1/feedback", {"completion_id": "a", "rating": "NaN"}), param="rating"),

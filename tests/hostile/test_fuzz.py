@@ -21,7 +21,7 @@ from tests.adapters.loras import random_lora
 SHAPES = {f"model.layers.0.{name}": LinearShape(8, 8) for name in ("q_proj", "k_proj")}
 BASE = BaseSignature(SHAPES, fingerprint="of-the-fuzzed-base")
 
-FEW, MANY = 100, 3000
+FEW, MANY = 50, 3000
 
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

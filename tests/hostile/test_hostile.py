@@ -25,6 +25,7 @@ def test_a_hostile_request_is_refused_and_leaves_nothing(
     target.attack(case, caplog)
 
 
+@pytest.mark.slow  # each report takes a second
 @pytest.mark.parametrize("name", FILES)
 def test_a_hostile_training_file_gets_a_report_that_names_the_line(
     name: str, target: Target, caplog: pytest.LogCaptureFixture

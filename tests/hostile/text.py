@@ -21,7 +21,7 @@ CASES = [
     Case("half a surrogate pair", chat_text('"user":"\\ud800"'), param="user", says="surrogate"),
     Case("half a surrogate pair in a message", _chat("a\ud83d"), param="messages[0].content", says="surrogate"),
     Case("a pair the wrong way round", _chat("\udc00\ud800"), param="messages[0].content", says="surrogate"),
-    Case("a whole pair", chat_text('"user":"\\ud83c\\udf31"'), 200),
+    Case("a whole pair", chat_text('"max_tokens":1,"user":"\\ud83c\\udf31"'), 200),
     Case("NUL in a message", _chat("a\0b"), param="messages[0].content", says="NUL"),
     Case("NUL in a model's name", chat(model="tiny\0"), param="model", says="NUL"),
     Case("a backslash before u0000", _chat("\\u0000"), 200),
@@ -43,7 +43,7 @@ CASES = [
     ),
     Case("10 000 inputs", post("/v1/embeddings", {"model": "tiny", "input": ["a"] * 10_000}), param="input"),
     Case("10 000 stop sequences", chat(stop=["a"] * 10_000), param="stop"),
-    Case("a stop sequence of 1 MB", chat(stop="a" * 1_000_000), param="stop"),
+    Case("a stop sequence of 1 MB", chat(stop="a" * 1_000_000), param="stop[0]"),
     Case("an empty stop sequence", chat(stop=""), param="stop"),
     Case(
         "10 000 tools",
@@ -60,8 +60,8 @@ CASES = [
     ),
     Case("a template in a message", _chat("{{ 7 * 7 }}{% for x in range(10**9) %}{% endfor %}"), 200),
     Case("a template of one's own", chat(chat_template="{{ cycler.__init__.__globals__ }}"), param="chat_template"),
-    Case("an image from inside the cluster", _chat([_IMAGE]), param="messages[0].content[0].image_url"),
-    Case("a file from this machine", _chat([_FILE]), param="messages[0].content[0].file"),
+    Case("an image from inside the cluster", _chat([_IMAGE]), param="messages[0].content[0].type"),
+    Case("a file from this machine", _chat([_FILE]), param="messages[0].content[0].type"),
     Case(
         "a webhook of a tenant's own",
         post("/v1/settings", {"drift_webhook_url": "http://10.0.0.1/"}, "PUT"),
@@ -75,6 +75,7 @@ CASES = [
     Case(
         "a base from the hub",
         post("/v1/fine_tuning/jobs", {"model": "https://evil.example/model", "training_file": "{file}"}),
+        status=404,
         param="model",
     ),
     Case(
