@@ -8,6 +8,8 @@
     ├── QuotaExceededError        the tenant has as much of something as it may; `param` names the quota
     ├── NotFoundError             not there, or somebody else's: a tenant cannot tell which
     ├── TooLargeError             the body is over its limit
+    ├── TooSlowError              the body comes in too slowly
+    ├── UnsupportedEncodingError  the body is packed in a way that is not taken
     ├── RateLimitError            this tenant asks too much at once; `retry_after` seconds
     ├── UnavailableError          the service cannot answer now; `retry_after` seconds
     ├── DeadlineExceededError     the request's own time limit has passed
@@ -91,6 +93,18 @@ class TooLargeError(ServiceError):
     code = "request_too_large"
 
 
+class TooSlowError(ServiceError):
+    """The body comes in too slowly."""
+
+    code = "request_timeout"
+
+
+class UnsupportedEncodingError(ServiceError):
+    """The body is compressed, which is not taken: a few bytes could become gigabytes."""
+
+    code = "unsupported_encoding"
+
+
 class RateLimitError(ServiceError):
     """The tenant is over its limit."""
 
@@ -140,7 +154,9 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     PermissionDeniedError: (403, "permission_error"),
     QuotaExceededError: (403, "insufficient_quota"),
     NotFoundError: (404, "invalid_request_error"),
+    TooSlowError: (408, "timeout_error"),
     TooLargeError: (413, "invalid_request_error"),
+    UnsupportedEncodingError: (415, "invalid_request_error"),
     RateLimitError: (429, "rate_limit_error"),
     ClientDisconnectedError: (499, "invalid_request_error"),
     GenerationFailedError: (500, "server_error"),

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Query
 from pydantic import Field
 
 from service.api.auth import AdminDep
+from service.api.json_body import JsonRoute
 from service.api.keys import KeyRequest, RotateRequest, key_body
 from service.api.models import retire
 from service.api.pages import After, Limit, list_body, only_query
@@ -17,7 +18,7 @@ from service.keys import Role
 from service.quotas import TenantLimits
 from service.tenants import Tenant
 
-router = APIRouter(prefix="/v1/admin", tags=["admin"])
+router = APIRouter(route_class=JsonRoute, prefix="/v1/admin", tags=["admin"])
 
 Rate = Annotated[int | None, Field(ge=1, lt=2**53)]
 Quota = Annotated[int | None, Field(ge=0, lt=2**53)]

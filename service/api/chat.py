@@ -13,6 +13,7 @@ from fastapi.responses import Response
 from service.api.answer import Ask, Choice, Head, answer
 from service.api.auth import AccessDep
 from service.api.end_user import end_user
+from service.api.json_body import JsonRoute
 from service.api.keepsake import keepsake
 from service.api.logprobs import chat_logprobs
 from service.api.meter import Usage
@@ -26,7 +27,7 @@ from service.drift_intake import Turn
 from service.engine.sequence import FinishReason, OutputChunk
 from service.tenants import Tenant
 
-router = APIRouter(tags=["chat"])
+router = APIRouter(route_class=JsonRoute, tags=["chat"])
 
 
 @router.post("/v1/chat/completions")

@@ -14,6 +14,7 @@ from fastapi.responses import Response
 from service.api.answer import Ask, Choice, Head, answer
 from service.api.auth import AccessDep
 from service.api.end_user import end_user
+from service.api.json_body import JsonRoute
 from service.api.keepsake import keepsake
 from service.api.logprobs import legacy_logprobs
 from service.api.meter import Usage
@@ -33,7 +34,7 @@ DEFAULT_MAX_TOKENS = 16
 MAX_SEQUENCES = 256
 """Prompts times choices of one request."""
 
-router = APIRouter(tags=["completions"])
+router = APIRouter(route_class=JsonRoute, tags=["completions"])
 
 
 @router.post("/v1/completions")

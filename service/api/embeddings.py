@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from service.api.auth import AccessDep
 from service.api.generation import asked_by, origin_of, unless_disconnected
+from service.api.json_body import JsonRoute
 from service.api.meter import Meter
 from service.api.schemas import EmbeddingsRequest
 from service.api.services import Services, ServicesDep
@@ -35,7 +36,7 @@ SEATS_SHARE, TOKENS_SHARE = 4, 2
 
 Vector = NDArray[np.float32]
 
-router = APIRouter(tags=["embeddings"])
+router = APIRouter(route_class=JsonRoute, tags=["embeddings"])
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ from fastapi import APIRouter, Depends, Header, Request
 from service.api.auth import KeyIdDep, TenantDep
 from service.api.evaluation_schemas import requested_gate
 from service.api.fine_tuning_schemas import MAX_SEED, JobRequest
+from service.api.json_body import JsonRoute
 from service.api.pages import After, Limit, list_body, only_query
 from service.api.services import Services, ServicesDep
 from service.errors import InvalidRequestError, NotFoundError
 from service.job import Checkpoint, EvaluationSpec, Event, Hyperparameters, Job, JobSpec, Method, Preset
 from service.jobs import Idempotency
 
-router = APIRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"])
+router = APIRouter(route_class=JsonRoute, prefix="/v1/fine_tuning", tags=["fine-tuning"])
 
 paged = Depends(only_query("after", "limit"))
 CHECKPOINT_METRICS = (

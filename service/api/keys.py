@@ -8,12 +8,13 @@ from fastapi import APIRouter, Depends
 from pydantic import Field
 
 from service.api.auth import AccessDep, TenantDep
+from service.api.json_body import JsonRoute
 from service.api.pages import list_body, only_query
 from service.api.services import ServicesDep
 from service.api.wire import WireModel
 from service.keys import Key, Role
 
-router = APIRouter(prefix="/v1/keys", tags=["keys"])
+router = APIRouter(route_class=JsonRoute, prefix="/v1/keys", tags=["keys"])
 
 MAX_LIFETIME_SECONDS = 10 * 365 * 24 * 3600
 MAX_OVERLAP_SECONDS = 30 * 24 * 3600

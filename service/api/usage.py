@@ -13,13 +13,14 @@ from fastapi import APIRouter, Depends, Query
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from service.api.auth import AdminDep, TenantDep
+from service.api.json_body import JsonRoute
 from service.api.pages import only_query
 from service.api.services import ServicesDep
 from service.errors import InvalidRequestError
 from service.usage_report import DAY, UsageBucket, UsageDimension, UsageQuery, UsageReport, UsageResult
 from service.usage_rows import COUNTS, HOUR
 
-router = APIRouter(tags=["usage"])
+router = APIRouter(route_class=JsonRoute, tags=["usage"])
 
 WIDTHS = {"1h": HOUR, "1d": DAY}
 DEFAULT_LIMITS = {"1h": 24, "1d": 7}

@@ -40,6 +40,7 @@ from service.engine.engine import Engine
 from service.engine.grammar_compiler import GrammarCompiler
 from service.estimates import Estimates
 from service.health import Health
+from service.http_protocol import BoundedHttp
 from service.job_backlog import job_backlog
 from service.merges import Merges
 from service.metrics import Metrics
@@ -229,7 +230,9 @@ def serve_apps(*apps: ASGIApp) -> Iterator[list[str]]:
     """Each app on a free port of its own, all on one event loop in a thread; their urls."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in apps]
     servers = [
-        uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=5))
+        uvicorn.Server(
+            uvicorn.Config(app, http=BoundedHttp, log_config=None, lifespan="off", timeout_graceful_shutdown=5)
+        )
         for app in apps
     ]
 
