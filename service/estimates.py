@@ -58,6 +58,21 @@ class JobEstimate:
     num_train: int
     num_valid: int
 
+    def as_dict(self) -> dict[str, Any]:
+        """As the API writes it and rows keep it."""
+        found = self.estimate
+        return {
+            "tokens": found.tokens,
+            "steps": found.steps,
+            "evaluations": found.evaluations,
+            "probe_steps": found.probe_steps,
+            "seconds": found.seconds,
+            "peak_memory_bytes": found.peak_memory_bytes,
+            "training_examples": self.num_train,
+            "validation_examples": self.num_valid,
+            "hyperparameters": dict(self.resolved),
+        }
+
 
 class Estimates:
     """At most one at a time for a tenant, and few in all: each tokenizes a whole file."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, log
 
-from service.sequential_test import Stream, always_valid_p, anytime_interval, log_e_value
+from service.sequential_test import Stream, always_valid_p, anytime_interval, e_value, log_e_value
 
 BLOCK_SIZE = 25
 BASELINE_BLOCKS = 4
@@ -24,8 +24,6 @@ ALPHA = 0.01
 
 MAX_STREAMS = 40
 """Of the latest starts; leaving out older ones cannot cause an alarm."""
-
-_MAX_LOG_E = 690.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Fall:
 
     @property
     def e_value(self) -> float:
-        return exp(min(self.log_e, _MAX_LOG_E))
+        return e_value(self.log_e)
 
     @property
     def p_value(self) -> float:

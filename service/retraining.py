@@ -19,6 +19,8 @@ from sqlalchemy.engine import Connection
 
 from service.aliases import names_pointing_at
 from service.database import Database, Page, database_now, lock_tenant, page_of
+from service.drift_events import DriftEvent
+from service.drift_states import DriftState
 from service.errors import ConflictError, InvalidRequestError, NotFoundError, QuotaExceededError
 from service.job import EvaluationSpec, Hyperparameters, Job, JobSpec, JobStatus, Method, Preset
 from service.job_rows import UNFINISHED
@@ -45,30 +47,6 @@ from service.tenant_settings import RetrainingPolicy, choices_of
 from service.versions import AdapterVersion
 
 log = structlog.get_logger("service.retraining")
-
-DRIFT = "drift"
-"""The state of a signal that triggers."""
-
-
-class DriftEvent(Protocol):
-    """The part of a change of a signal's state that is needed here."""
-
-    @property
-    def tenant_id(self) -> str: ...
-    @property
-    def model(self) -> str: ...
-    @property
-    def signal(self) -> str: ...
-    @property
-    def state(self) -> str: ...
-    @property
-    def previous(self) -> str | None: ...
-    @property
-    def statistic(self) -> float | None: ...
-    @property
-    def threshold(self) -> float | None: ...
-    @property
-    def samples(self) -> int: ...
 
 
 class RetrainingObserver(Protocol):
@@ -124,9 +102,9 @@ class Retraining:
 
     def drift_changed(self, event: DriftEvent) -> None:
         """A listener of the drift watch. The same event again changes nothing; never raises for what is gone."""
-        if event.state == DRIFT:
+        if event.state is DriftState.DRIFT:
             self._propose(event.tenant_id, event.model, Trigger.DRIFT, _why_drift(event))
-        elif event.previous == DRIFT:
+        elif event.previous is DriftState.DRIFT:
             self._note(event.tenant_id, event.model, f"The signal '{event.signal}' is in state '{event.state}' again.")
 
     def quality_fell(self, tenant_id: str, model: str, reason: str) -> None:

@@ -221,7 +221,7 @@ class RetrainingWorker:
         proposal = self._attempt(proposal)
         report = self._report(proposal)
         estimate = self._estimates.make(proposal.tenant_id, self._retraining.spec_of(proposal))
-        values = {"report": report, "estimate": _estimate(estimate), "attempts": 0}
+        values = {"report": report, "estimate": estimate.as_dict(), "attempts": 0}
         self._move(proposal, ProposalState.PROPOSED, "The data were reported on: ready to be approved.", **values)
 
     def _offer(self, proposal: Proposal) -> None:
@@ -353,18 +353,3 @@ def _job(connection: Connection, tenant_id: str, job_id: str) -> Original | None
     query = sa.select(jobs.c.spec).where(jobs.c.tenant_id == tenant_id, jobs.c.id == job_id)
     spec = connection.execute(query).scalar()
     return None if spec is None else Original(job_id, JobSpec.from_dict(spec))
-
-
-def _estimate(made: JobEstimate) -> dict[str, Any]:
-    found = made.estimate
-    return {
-        "tokens": found.tokens,
-        "steps": found.steps,
-        "evaluations": found.evaluations,
-        "probe_steps": found.probe_steps,
-        "seconds": found.seconds,
-        "peak_memory_bytes": found.peak_memory_bytes,
-        "training_examples": made.num_train,
-        "validation_examples": made.num_valid,
-        "hyperparameters": dict(made.resolved),
-    }

@@ -21,6 +21,8 @@ from math import exp, inf, lgamma, log, pi
 _SEARCH_STEPS = 50
 _TINY = 1e-300
 _INVERSION_STEPS = 24
+_MAX_LOG_E = 690.0
+"""exp() of it is a number that JSON can hold."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,10 @@ def anytime_interval(first: Stream, second: Stream, alpha: float) -> tuple[float
     threshold = log(2.0 / alpha)
     lower = _largest_rejected(first, second, threshold)
     return lower, -_largest_rejected(second, first, threshold)
+
+
+def e_value(log_e: float) -> float:
+    return exp(min(log_e, _MAX_LOG_E))
 
 
 def always_valid_p(log_e: float) -> float:

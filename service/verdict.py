@@ -8,13 +8,10 @@ a probability of at most alpha. Promotion wants both opposites proven, each at a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import exp, log
+from math import log
 
 from service.experiment import Arm, CanaryPolicy, Measure, Measured, Outcome
-from service.sequential_test import Stream, always_valid_p, anytime_interval, log_e_value
-
-_MAX_LOG_E = 690.0
-"""exp() of it is a number that JSON can hold."""
+from service.sequential_test import Stream, always_valid_p, anytime_interval, e_value, log_e_value
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class Judged:
 
     @property
     def e_value(self) -> float:
-        return exp(min(self.log_e, _MAX_LOG_E))
+        return e_value(self.log_e)
 
     @property
     def p_value(self) -> float:

@@ -200,10 +200,10 @@ def test_the_curve_is_one_table_of_its_points_and_only_goals_stand_below_it() ->
 @pytest.mark.slow
 def test_training_beside_serving_is_measured_at_every_load_in_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "NUM_STEPS", 1)
-    plan = replace(Plan.quick(cuda=False), sizes=MICRO, num_rows=1, co_serving_seconds=0.2)
+    plan = replace(Plan.quick(cuda=False), sizes=MICRO, num_rows=1, co_serving_seconds=0.2, co_serving_loads=(25, 100))
     (entries,) = run(plan, ["co-serving"], lambda step: None).values()
     measured = {entry.name: entry for entry in entries}
-    for load in (25, 50, 75, 100):
+    for load in plan.co_serving_loads:
         for arm in ("priorities", "target", "lock"):
             assert measured[curve.name("p99 ÷ no training", load, arm)].value > 0
             for what in ("training kept", "training kept ÷ idle part"):

@@ -56,20 +56,7 @@ def create_job(
 def estimate_job(body: JobRequest, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
     """What such a job would take. Outside of the event loop: it reads the whole file."""
     made = services.estimates.make(tenant.id, _spec(body, tenant.id, services))
-    found = made.estimate
-    return {
-        "object": "fine_tuning.estimate",
-        "model": body.model,
-        "tokens": found.tokens,
-        "steps": found.steps,
-        "evaluations": found.evaluations,
-        "probe_steps": found.probe_steps,
-        "seconds": found.seconds,
-        "peak_memory_bytes": found.peak_memory_bytes,
-        "training_examples": made.num_train,
-        "validation_examples": made.num_valid,
-        "hyperparameters": dict(made.resolved),
-    }
+    return {"object": "fine_tuning.estimate", "model": body.model, **made.as_dict()}
 
 
 @router.get("/jobs", dependencies=[Depends(only_query("after", "limit", "metadata", prefixes=("metadata[",)))])

@@ -6,6 +6,7 @@ import json
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,8 @@ from adapters.estimate import Estimate
 from service.answer_digest import answer_digest
 from service.captures import Exchange, user_digest
 from service.data_reports import FileReport
+from service.drift_events import DriftEvent
+from service.drift_states import DriftState
 from service.estimates import JobEstimate
 from service.feedback import Feedback, FeedbackEntry, Opinion
 from service.files import File, FilePurpose, Files
@@ -56,18 +59,20 @@ class QuickReports:
         return done
 
 
-@dataclass
-class Drifted:
+def drifted(tenant_id: str, model: str) -> DriftEvent:
     """As the drift watch tells it."""
-
-    tenant_id: str
-    model: str
-    signal: str = "prompt_embedding"
-    state: str = "drift"
-    previous: str | None = "ok"
-    statistic: float | None = 0.4
-    threshold: float | None = 0.2
-    samples: int = 321
+    return DriftEvent(
+        tenant_id,
+        model,
+        digest="d" * 64,
+        signal="prompt_embedding",
+        state=DriftState.DRIFT,
+        previous=DriftState.OK,
+        statistic=0.4,
+        threshold=0.2,
+        samples=321,
+        at=0.0,
+    )
 
 
 @dataclass
@@ -136,8 +141,8 @@ class Practice:
     def publish(self, *, alias: str | None = "best", original: int = 40, digest: str = "d" * 64) -> str:
         return self.control.publish(alias=alias, training_file=self.upload(original), digest=digest, suffix="fruit")
 
-    def drift(self, model: str, **changes: object) -> None:
-        self.retraining.drift_changed(replace(Drifted(self.tenant, model), **changes))  # type: ignore[arg-type]
+    def drift(self, model: str, **changes: Any) -> None:
+        self.retraining.drift_changed(replace(drifted(self.tenant, model), **changes))
 
     def proposals(self) -> list[Proposal]:
         """Oldest first."""

@@ -47,7 +47,10 @@ def busy(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
             (model,) = (each.id for each in client.models.list())
             asked: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": SECRET_WORDS[0]}]}
             raw = client.chat.completions.with_raw_response.create(
-                **asked, max_tokens=60, extra_headers={"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"}
+                **asked,
+                max_tokens=60,
+                extra_headers={"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"},
+                extra_body={"ignore_eos": True},  # a random base may end at once, and little could be looked for
             )
             answer = raw.parse().choices[0].message.content or ""
             list(client.chat.completions.create(**asked, max_tokens=20, n=3, stream=True))

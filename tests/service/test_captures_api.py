@@ -62,14 +62,14 @@ def test_without_consent_no_table_holds_a_word_of_prompts_or_answers(served: Ser
 
 def test_with_consent_prompt_and_answer_are_kept_and_shown_with_their_end(served: Served) -> None:
     consent(served)
-    chat, legacy = ask(served, user="ada"), ask(served, "completions")
+    chat, legacy = ask(served, user="ada-lovelace"), ask(served, "completions")
     stream(served)
     streamed, second, first = kept(served)
     assert (first["id"], second["id"]) == (chat, legacy) and streamed["answer"] == ANSWER
     assert (first["object"], first["model"], first["answer"]) == ("capture", "tiny", ANSWER)
     assert first["messages"] == ASK["messages"] and second["prompt"] == PROMPT
     assert first["expires_at"] - first["created_at"] == 30 * 86400 and first["bytes"] == len((PROMPT + ANSWER).encode())
-    assert "ada" not in dump(served)
+    assert "ada-lovelace" not in dump(served)
     assert served.http(served.control.zenith_key).get("/v1/captures").json()["data"] == []
 
 
@@ -95,10 +95,10 @@ def test_store_true_is_granted_with_consent_and_refused_without(served: Served) 
 
 def test_one_end_user_or_everybody_is_forgotten(served: Served) -> None:
     consent(served)
-    ada, other = ask(served, user="ada"), ask(served)
-    assert [capture["id"] for capture in kept(served, user="ada")] == [ada]
+    ada, other = ask(served, user="ada-lovelace"), ask(served)
+    assert [capture["id"] for capture in kept(served, user="ada-lovelace")] == [ada]
     served.http().post("/v1/feedback", json={"completion_id": other, "corrected": "Im Zug."}).raise_for_status()
-    gone = served.http().delete("/v1/captures", params={"user": "ada"}).json()
+    gone = served.http().delete("/v1/captures", params={"user": "ada-lovelace"}).json()
     assert (gone["object"], gone["num_captures"], gone["num_corrections"]) == ("captures.deleted", 1, 0)
     assert [capture["id"] for capture in kept(served)] == [other]
     gone = served.http().delete("/v1/captures").json()

@@ -46,14 +46,14 @@ def test_the_last_word_of_each_user_counts(served: Served) -> None:
 
     first = give(rating="up", label="good")
     assert give(rating="down") == first
-    ada = give(rating="up", user="ada")
-    assert ada != first and give(label="fine", user="ada") == ada
+    ada = give(rating="up", user="ada-lovelace")
+    assert ada != first and give(label="fine", user="ada-lovelace") == ada
     listed = http.get("/v1/feedback").json()["data"]
     assert [(entry["id"], entry["rating"], entry["label"]) for entry in listed] == [
         (ada, None, "fine"),
         (first, -1.0, None),
     ]
-    assert "ada" not in str(listed)
+    assert "ada-lovelace" not in str(listed)
     page = http.get("/v1/feedback", params={"limit": 1}).json()
     assert page["has_more"] and http.get("/v1/feedback", params={"after": page["last_id"]}).json()["data"] == listed[1:]
 

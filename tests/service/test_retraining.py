@@ -8,6 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from adapters.data_report import Finding, Severity
+from service.drift_states import DriftState
 from service.errors import ConflictError, InvalidRequestError, NotFoundError, UnavailableError
 from service.job import EvaluationSpec, JobStatus
 from service.retraining_data import RetrainingFiles, _line
@@ -96,9 +97,9 @@ def test_the_same_trigger_again_is_noted_and_opens_nothing(practice: Practice) -
     said = practice.messages(practice.proposal)
     assert sum("'prompt_embedding' has drifted" in message for message in said) >= 1
     assert sum("'prompt_length' has drifted" in message for message in said) >= 1
-    practice.drift(model, state="ok", previous="drift")
+    practice.drift(model, state=DriftState.OK, previous=DriftState.DRIFT)
     assert practice.messages(practice.proposal)[-1] == "The signal 'prompt_embedding' is in state 'ok' again."
-    practice.drift(model, state="insufficient_data", previous="ok")
+    practice.drift(model, state=DriftState.INSUFFICIENT_DATA, previous=DriftState.OK)
     practice.drift("ft:gone")
     assert len(practice.proposals()) == 1
 

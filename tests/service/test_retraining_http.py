@@ -31,7 +31,7 @@ from service.tuning import Outcome, TuningRun
 from service.usage_book import open_books
 from service.usage_report import UsageReport
 from tests.service.http_fixtures import ADMIN_KEY, Served, certificates, serve_apps
-from tests.service.retraining_fixtures import Drifted
+from tests.service.retraining_fixtures import drifted
 from tests.service.tuning_fixtures import QUICK, Workshop, medlars, tiny_base, workshop
 
 __all__ = ["tiny_base", "workshop"]
@@ -117,7 +117,7 @@ def test_what_users_corrected_is_learned_and_what_was_known_is_not_forgotten(sch
     (quality,) = school.call("GET", "/v1/quality")["data"]
     assert (quality["model"], quality["accuracy"]["rolling"]["value"]) == (first.id, 0.0)
 
-    school.retraining.drift_changed(Drifted(workshop.control.acme.id, first.id))
+    school.retraining.drift_changed(drifted(workshop.control.acme.id, first.id))
     school.proposing.work()
     (proposal,) = school.call("GET", "/v1/retraining")["data"]
     assert (proposal["status"], proposal["trigger"], proposal["alias"]) == ("proposed", "drift", "fruit")
