@@ -34,6 +34,8 @@ REGEX_SECONDS = 0.02
 
 _UNBOUNDED_KEYWORDS = ("patternProperties", "$dynamicRef", "$recursiveRef", "$id", "$anchor", "$dynamicAnchor")
 
+_DISTINCT_LISTS = ("required", "type", "dependentRequired")
+
 
 class AssertionSyntaxError(ValueError):
     """Not an assertion. `where` is the path of what is wrong: `assertions[2].regex`."""
@@ -126,6 +128,8 @@ def _checked_schema(schema: Any, where: str) -> str:
                 raise AssertionSyntaxError(
                     where, f"refers to '{value}': only references within the schema are followed"
                 )
+            if key in _DISTINCT_LISTS and isinstance(value, list) and not all(isinstance(item, str) for item in value):
+                raise AssertionSyntaxError(where, f"'{key}' must be a list of texts")  # others are compared in pairs
             if key == "pattern" and isinstance(value, str):
                 _compiled(value, f"{where}.pattern")
         Draft202012Validator.check_schema(schema)

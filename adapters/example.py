@@ -10,6 +10,7 @@ evaluations slice and check by them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
@@ -23,6 +24,8 @@ MAX_METADATA_CHARACTERS = 256
 ROLES = ("system", "user", "assistant", "tool")
 _MESSAGE_KEYS = {"role", "content", "weight"}
 _PREFERENCE_KEYS = {"input", "preferred_output", "non_preferred_output"}
+_SUSPICIOUS = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
+"""Escapes of NUL or of a surrogate; nothing else can bring one into a parsed string."""
 _SIDE_KEYS = {"metadata", "assertions"}
 
 
@@ -163,13 +166,47 @@ def _json_object(raw: bytes, needed: str) -> dict[str, Any]:
     if len(raw) > MAX_LINE_BYTES:
         raise ValueError(f"longer than {MAX_LINE_BYTES // (1024 * 1024)} MiB")
     try:
-        value = json.loads(raw)
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_no_key_twice)
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(value, dict):
         raise ValueError(f"must be a JSON object {needed}")
+    if _SUSPICIOUS.search(raw):
+        _check_texts(value)
+    return value
+
+
+def _check_texts(root: Any) -> None:
+    """Every string and every key of a line: neither NUL nor half of a surrogate pair can be kept or sent."""
+    todo = [root]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict):
+            todo += [*value.keys(), *value.values()]
+        elif isinstance(value, list):
+            todo += value
+        elif isinstance(value, str) and "\0" in value:
+            raise ValueError(f"{value[:40]!r} holds a NUL character, which is no text")
+        elif isinstance(value, str) and not _is_text(value):
+            raise ValueError(f"{value[:40]!r} holds half of a surrogate pair, which is no text")
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """One of the two values would be dropped in silence."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in value if names.count(name) > 1)[:40]!r} is there twice")
     return value
 
 
@@ -232,10 +269,6 @@ def _text(value: dict[str, Any], key: str, where: str) -> str:
         raise ValueError(f"{where}{key!r} must be a string")
     if not text.strip():
         raise ValueError(f"{where}{key!r} is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{where}{key!r} holds half of a surrogate pair, which is no text") from None
     return text
 
 

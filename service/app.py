@@ -16,6 +16,7 @@ from service.api.routes import ROUTERS
 from service.api.services import Services
 from service.api.tool_format import ToolFormat
 from service.archive import Archive
+from service.audit import Audit
 from service.config import Settings
 from service.data_reports import DataReports
 from service.drain import Drain
@@ -31,12 +32,15 @@ from service.jobs import Jobs
 from service.merges import merges_in
 from service.metrics import Metrics
 from service.process_memory import resident_bytes
+from service.rate_limits import RateLimits
 from service.registry import BaseIdentity, Registry
 from service.retraining import Retraining
 from service.retraining_data import RetrainingFiles
 from service.retraining_worker import RetrainingWorker
 from service.rollout import open_rollout
 from service.tenants import Tenants
+from service.usage_book import open_books
+from service.usage_report import UsageReport
 
 if TYPE_CHECKING:
     from service.tracing.traces import Traces
@@ -120,6 +124,10 @@ def open_services(
                 open_rollout(archive.database, registry, engine, metrics, settings, retraining)
             ),
             retraining=retraining,
+            usage=stack.enter_context(open_books(archive.database)),
+            usage_report=UsageReport(archive.database),
+            rate_limits=RateLimits(),
+            audit=Audit(archive.database),
             merges=merges_in(settings, archive.database),
             drift=stack.enter_context(
                 open_drift(

@@ -26,6 +26,7 @@ from service.tables import (
     jobs,
     retraining_proposals,
 )
+from service.usage_rows import book_training
 
 TEXT_KEYS = frozenset({"excerpts", "worst_examples"})
 """Where reports show pieces of examples."""
@@ -94,6 +95,7 @@ def _forget_job(connection: Connection, job_id: str, reason: str, *, cancel: boo
         return
     if cancel and row.state in UNFINISHED:
         connection.execute(jobs.update().where(jobs.c.id == job_id).values(**ending(JobStatus.CANCELLED)))
+        book_training(connection, job_id)
         insert_event(connection, job_id, f"Fine-tuning job cancelled: {reason}", level=EventLevel.WARN)
     connection.execute(jobs.update().where(jobs.c.id == job_id).values(data_report=_without_texts(row.data_report)))
     results = sa.and_(files.c.id.in_(row.result_files), files.c.filename.not_in(HARMLESS_RESULTS))

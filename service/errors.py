@@ -5,8 +5,11 @@
     ├── ConflictError             right request, wrong moment (a finished job cannot be cancelled)
     ├── AuthenticationError       no key, or not one of ours
     ├── PermissionDeniedError     a known key that may not do this
+    ├── QuotaExceededError        the tenant has as much of something as it may; `param` names the quota
     ├── NotFoundError             not there, or somebody else's: a tenant cannot tell which
     ├── TooLargeError             the body is over its limit
+    ├── TooSlowError              the body comes in too slowly
+    ├── UnsupportedEncodingError  the body is packed in a way that is not taken
     ├── RateLimitError            this tenant asks too much at once; `retry_after` seconds
     ├── UnavailableError          the service cannot answer now; `retry_after` seconds
     ├── DeadlineExceededError     the request's own time limit has passed
@@ -72,6 +75,12 @@ class PermissionDeniedError(ServiceError):
     code = "permission_denied"
 
 
+class QuotaExceededError(ServiceError):
+    """The tenant has as much of something as the administrator lets it have. No 429: waiting does not help."""
+
+    code = "quota_exceeded"
+
+
 class NotFoundError(ServiceError):
     """No such object for this tenant."""
 
@@ -84,14 +93,30 @@ class TooLargeError(ServiceError):
     code = "request_too_large"
 
 
+class TooSlowError(ServiceError):
+    """The body comes in too slowly."""
+
+    code = "request_timeout"
+
+
+class UnsupportedEncodingError(ServiceError):
+    """The body is compressed, which is not taken: a few bytes could become gigabytes."""
+
+    code = "unsupported_encoding"
+
+
 class RateLimitError(ServiceError):
     """The tenant is over its limit."""
 
     code = "rate_limit_exceeded"
 
-    def __init__(self, message: str, *, retry_after: float = 1.0, code: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, retry_after: float = 1.0, code: str | None = None, is_hopeless: bool = False
+    ) -> None:
+        """`is_hopeless`: this very request will be refused again."""
         super().__init__(message, code=code)
         self.retry_after = retry_after
+        self.is_hopeless = is_hopeless
 
 
 class UnavailableError(ServiceError):
@@ -127,8 +152,11 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     ConflictError: (400, "invalid_request_error"),
     AuthenticationError: (401, "authentication_error"),
     PermissionDeniedError: (403, "permission_error"),
+    QuotaExceededError: (403, "insufficient_quota"),
     NotFoundError: (404, "invalid_request_error"),
+    TooSlowError: (408, "timeout_error"),
     TooLargeError: (413, "invalid_request_error"),
+    UnsupportedEncodingError: (415, "invalid_request_error"),
     RateLimitError: (429, "rate_limit_error"),
     ClientDisconnectedError: (499, "invalid_request_error"),
     GenerationFailedError: (500, "server_error"),
@@ -185,6 +213,8 @@ def _known(error: Exception, status: int, error_type: str) -> WireError:
         headers["retry-after"] = str(min(MAX_RETRY_AFTER_SECONDS, max(1, ceil(retry_after))))
     if isinstance(error, DeadlineExceededError):
         headers["x-should-retry"] = "false"  # the client asked for no longer than this
+    if isinstance(error, RateLimitError) and error.is_hopeless:
+        headers["x-should-retry"] = "false"
     if status == 401:
         headers["www-authenticate"] = "Bearer"
     return WireError(status, body, headers)

@@ -20,6 +20,7 @@ from sqlalchemy.engine import Connection
 from adapters.durable import write_file
 from service.database import Database, Page, lock_tenant, new_id, page_of
 from service.errors import ConflictError, InvalidRequestError, NotFoundError, TooLargeError
+from service.quotas import check_files
 from service.tables import epoch_now, files, jobs
 
 MAX_FILE_BYTES = 512 * 1024 * 1024
@@ -75,12 +76,18 @@ class Files:
         *,
         expires_after_seconds: int | None = None,
     ) -> File:
-        """Durable when it returns: content fsynced, row committed. Raises TooLargeError above `max_bytes`."""
+        """Durable when it returns: content fsynced, row committed.
+
+        Raises TooLargeError above `max_bytes`, QuotaExceededError above what the tenant may have.
+        """
         self.remove_expired()
+        with self._database.read() as connection:
+            check_files(connection, tenant_id, 0)  # before anything is written
         staged = self.stage(tenant_id, filename, purpose, chunks)
         try:
             with self._database.begin() as connection:
                 lock_tenant(connection, tenant_id)
+                check_files(connection, tenant_id, staged.bytes)
                 insert_file(connection, staged, expires_after_seconds=expires_after_seconds)
                 return _get(connection, tenant_id, staged.id)
         except BaseException:

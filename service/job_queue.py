@@ -25,6 +25,7 @@ from service.jobs import JobObserver
 from service.promotion import promote
 from service.provenance import with_history
 from service.tables import adapter_versions, epoch_now, jobs
+from service.usage_rows import book_training
 from service.versions import AdapterVersion, find_version, insert_version
 
 
@@ -154,10 +155,11 @@ class JobQueue:
             version = replace(version, provenance=with_history(connection, claim.job, provenance))
             insert_version(connection, version, checkpoint_id=new_id("ftckpt"))
 
-    def save_resume_point(self, claim: Claim, reference: str) -> None:
-        """Remember where the training state lies (durably written before this call)."""
-        with self._fenced(claim, resume_point=reference, num_lost_leases=0):
-            pass
+    def save_resume_point(self, claim: Claim, reference: str, trained_tokens: int | None = None) -> None:
+        """Remember where the training state lies (durably written before this call), and book what it holds."""
+        with self._fenced(claim, resume_point=reference, num_lost_leases=0) as (connection, _):
+            if trained_tokens is not None:
+                book_training(connection, claim.job.id, trained_tokens)
 
     def release(self, claim: Claim) -> None:
         """Give the job back, unfinished: paused by the client, or this worker shuts down."""
@@ -168,6 +170,7 @@ class JobQueue:
     def fail(self, claim: Claim, *, code: str, message: str, param: str | None = None) -> None:
         error = {"code": code, "message": message, "param": param}
         with self._fenced(claim, **ending(JobStatus.FAILED, error=error)) as (connection, _):
+            book_training(connection, claim.job.id)
             insert_event(connection, claim.job.id, message, level=EventLevel.ERROR, data=error)
         self._report(JobStatus.FAILED)
 
@@ -204,6 +207,7 @@ class JobQueue:
                 metrics = {**metrics, "evaluation": {**(metrics.get("evaluation") or {}), "gate": decided}}
             version = _version(claim, model_id, digest, base_fingerprint, metrics, None)
             insert_version(connection, replace(version, provenance=with_history(connection, job, provenance)))
+            book_training(connection, job.id, trained_tokens)
             insert_event(connection, job.id, f"New fine-tuned model created: {model_id}")
             insert_event(connection, job.id, "The job has successfully completed")
         self._report(JobStatus.SUCCEEDED)

@@ -21,7 +21,9 @@ from service.files import require_training_file
 from service.gate_policies import GatePolicies
 from service.job import Checkpoint, Event, Job, JobSpec, JobStatus
 from service.job_rows import UNFINISHED, checkpoint_of, ending, event_of, insert_event, job_of, select_jobs
+from service.quotas import check_job
 from service.tables import adapter_versions, epoch_now, job_events, job_metadata, jobs
+from service.usage_rows import book_training
 
 KEY_WINDOW_SECONDS = 24 * 3600.0
 RETRY_WINDOW_SECONDS = 900.0
@@ -63,7 +65,7 @@ class Jobs:
         self._observer = observer
         self.gate_policies = GatePolicies(database)
 
-    def create(self, tenant_id: str, spec: JobSpec, idempotency: Idempotency) -> Job:
+    def create(self, tenant_id: str, spec: JobSpec, idempotency: Idempotency, *, key_id: str | None = None) -> Job:
         """Queue a job, or answer the one that an earlier sending of this very request queued.
 
         The same request is: the same Idempotency-Key within a day (another body under it is refused); without a
@@ -71,14 +73,15 @@ class Jobs:
         within 10 seconds if it says nothing, and never if it says that this is its first try (the official
         client always says which: `x-stainless-retry-count`).
 
-        Raises InvalidRequestError for a file that is missing or not for fine-tuning.
+        `key_id` is the key whose use it is. Raises InvalidRequestError for a file that is missing or not for
+        fine-tuning, QuotaExceededError.
         """
         with self._database.begin() as connection:
             lock_tenant(connection, tenant_id)
             twin = _find_twin(connection, tenant_id, idempotency)
             if twin is not None:
                 return twin
-            job = queue_job(connection, tenant_id, spec, idempotency)
+            job = queue_job(connection, tenant_id, spec, idempotency, key_id)
         self._report(JobStatus.QUEUED)
         return job
 
@@ -112,6 +115,7 @@ class Jobs:
                 return job
             _refuse_if_final(job, "cancelled")
             _update(connection, job_id, **ending(JobStatus.CANCELLED))
+            book_training(connection, job_id)
             insert_event(connection, job_id, "Fine-tuning job cancelled")
             job = _get(connection, tenant_id, job_id)
         self._report(JobStatus.CANCELLED)
@@ -187,12 +191,15 @@ class Jobs:
             self._observer.job_entered(state)
 
 
-def queue_job(connection: Connection, tenant_id: str, spec: JobSpec, idempotency: Idempotency) -> Job:
+def queue_job(
+    connection: Connection, tenant_id: str, spec: JobSpec, idempotency: Idempotency, key_id: str | None = None
+) -> Job:
     """A new job, in the transaction of a caller who holds `lock_tenant`. Raises what `create` raises."""
     if spec.alias is not None:
         check_alias_name(spec.alias, spec.base_model)
     _require_files(connection, tenant_id, spec)
-    return _get(connection, tenant_id, _insert(connection, tenant_id, spec, idempotency))
+    check_job(connection, tenant_id)
+    return _get(connection, tenant_id, _insert(connection, tenant_id, spec, idempotency, key_id))
 
 
 def _find_twin(connection: Connection, tenant_id: str, idempotency: Idempotency) -> Job | None:
@@ -223,7 +230,7 @@ def _require_files(connection: Connection, tenant_id: str, spec: JobSpec) -> Non
         require_training_file(connection, tenant_id, spec.evaluation.file, param="evaluation.file")
 
 
-def _insert(connection: Connection, tenant_id: str, spec: JobSpec, idempotency: Idempotency) -> str:
+def _insert(connection: Connection, tenant_id: str, spec: JobSpec, idempotency: Idempotency, key_id: str | None) -> str:
     job_id = new_id("ftjob")
     connection.execute(
         jobs.insert().values(
@@ -238,6 +245,7 @@ def _insert(connection: Connection, tenant_id: str, spec: JobSpec, idempotency: 
             created_at=epoch_now(),
             idempotency_key=idempotency.key,
             request_digest=idempotency.request_digest,
+            key_id=key_id,
         )
     )
     pairs = [{"job_id": job_id, "key": key, "value": value} for key, value in (spec.metadata or {}).items()]

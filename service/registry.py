@@ -17,6 +17,7 @@ from service.aliases import Aliases, MoveKind, active_model, check_alias_name, m
 from service.database import Database, lock_tenant
 from service.errors import ConflictError, InvalidRequestError
 from service.experiment_rows import aliases_trying
+from service.quotas import check_adapter
 from service.routing import Found, ResolvedModel, Route, Servable, find, route_of
 from service.tables import adapter_versions, jobs
 from service.versions import AdapterVersion, find_version, insert_version, model_not_found, version_of
@@ -79,13 +80,17 @@ class Registry:
         return found
 
     def publish(self, version: AdapterVersion, alias: str | None = None) -> AdapterVersion:
-        """Register an adapter that no job made, and move `alias` to it, in one transaction. Again, it is no change."""
+        """Register an adapter that no job made, and move `alias` to it, in one transaction. Again, it is no change.
+
+        Raises QuotaExceededError.
+        """
         if alias is not None:
             check_alias_name(alias, self.base.name)
         with self._database.begin() as connection:
             lock_tenant(connection, version.tenant_id)
             known = find_version(connection, version.tenant_id, version.id)
             if known is None:
+                check_adapter(connection, version.tenant_id)
                 insert_version(connection, version)
             elif known.digest != version.digest:
                 raise ConflictError(

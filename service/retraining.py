@@ -21,7 +21,7 @@ from service.aliases import names_pointing_at
 from service.database import Database, Page, database_now, lock_tenant, page_of
 from service.drift_events import DriftEvent
 from service.drift_states import DriftState
-from service.errors import ConflictError, InvalidRequestError, NotFoundError
+from service.errors import ConflictError, InvalidRequestError, NotFoundError, QuotaExceededError
 from service.job import EvaluationSpec, Hyperparameters, Job, JobSpec, JobStatus, Method, Preset
 from service.job_rows import UNFINISHED
 from service.jobs import Idempotency, Jobs, queue_job
@@ -237,7 +237,7 @@ class Retraining:
             return
         try:
             self.start(proposal, "Started by the tenant's policy 'auto'.")
-        except ConflictError as error:
+        except (ConflictError, QuotaExceededError) as error:
             log.info("retraining_waits", tenant=proposal.tenant_id, retraining=proposal.id, reason=error.code)
 
     def spec_of(self, proposal: Proposal) -> JobSpec:

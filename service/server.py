@@ -29,6 +29,7 @@ from service.config import Settings, SettingsError
 from service.drain import Drain
 from service.engine.engine_process import EngineProcess
 from service.health import Health
+from service.http_protocol import BoundedHttp
 from service.left_behind import in_daemon_thread, threads_left_behind
 from service.loop_lag import watching_loop_lag
 from service.memory_limit import memory_limit_bytes
@@ -186,6 +187,7 @@ def _server(app: Any) -> _Server:
     return _Server(
         uvicorn.Config(
             app,
+            http=BoundedHttp,
             log_config=None,
             access_log=False,
             lifespan="off",

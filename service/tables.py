@@ -34,7 +34,10 @@ api_keys = Table(
     Column("id", String(32), primary_key=True),
     _tenant_column(index=True),
     Column("digest", String(64), nullable=False),
+    Column("role", String(16), nullable=False, default="admin"),
+    Column("name", String(64)),
     Column("created_at", Float(53), nullable=False),
+    Column("expires_at", Float(53)),
 )
 
 files = Table(
@@ -76,6 +79,8 @@ jobs = Table(
     Column("finished_at", Float(53)),
     Column("estimated_finish", Float(53)),
     Column("trained_tokens", sa.BigInteger),
+    Column("booked_tokens", sa.BigInteger, nullable=False, default=0),
+    Column("key_id", String(32)),
     Column("resolved", sa.JSON(none_as_null=True)),
     Column("resume_point", Text),
     Column("fine_tuned_model", Text),
@@ -461,6 +466,61 @@ drift_events = Table(
     sqlite_autoincrement=True,
 )
 """Append-only; `by` is of an acknowledgement."""
+
+usage_hours = Table(
+    "usage_hours",
+    metadata,
+    Column("tenant_id", String(64), primary_key=True),
+    Column("hour", sa.BigInteger, primary_key=True, autoincrement=False),
+    Column("key_id", String(32), primary_key=True),
+    Column("model", String(512), primary_key=True),
+    Column("requests", sa.BigInteger, nullable=False),
+    Column("prompt_tokens", sa.BigInteger, nullable=False),
+    Column("completion_tokens", sa.BigInteger, nullable=False),
+    Column("cached_tokens", sa.BigInteger, nullable=False),
+    Column("training_tokens", sa.BigInteger, nullable=False),
+    Index("usage_by_hour", "hour"),
+)
+"""The books: what each tenant used, by key and model, in the hour (UTC) that began at `hour`, unix seconds.
+
+No foreign key: the numbers of a deleted tenant stay, for the last bill, without its keys' and models' names
+(`service.usage_rows`). An empty `key_id`: nobody's key, such as a retraining that started by itself.
+"""
+
+usage_entries = Table(
+    "usage_entries",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("booked_at", Float(53), nullable=False, index=True),
+)
+"""Which completions are in the books, for as long as one might be booked again."""
+
+tenant_limits = Table(
+    "tenant_limits",
+    metadata,
+    _tenant_column(primary_key=True),
+    Column("requests_per_minute", sa.BigInteger),
+    Column("tokens_per_minute", sa.BigInteger),
+    Column("max_files", sa.BigInteger),
+    Column("max_bytes", sa.BigInteger),
+    Column("max_jobs", sa.BigInteger),
+    Column("max_adapters", sa.BigInteger),
+)
+"""What the administrator lets a tenant have; null: as much as it likes."""
+
+audit_log = Table(
+    "audit_log",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    Column("at", Float(53), nullable=False),
+    Column("actor", String(64), nullable=False),
+    Column("action", String(32), nullable=False),
+    Column("tenant_id", String(64), index=True),
+    Column("details", sa.JSON, nullable=False),
+    sqlite_autoincrement=True,
+)
+"""Append-only: who changed tenants, keys and limits. No foreign key: it outlives the tenant. No secrets."""
 
 
 class epoch_now(FunctionElement[float]):

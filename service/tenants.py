@@ -1,25 +1,23 @@
-"""Tenants and their API keys. Knows no HTTP.
-
-A key is `rs-{key id}-{secret}` with 256 random bits of secret. The database holds the key id in clear, to find the
-row, and the sha256 of the whole key, compared in constant time. (A slow hash would protect guessable passwords;
-256 random bits cannot be guessed.)
-"""
+"""Tenants, their keys and their limits; who a key belongs to. Knows no HTTP; what a key is, `service.keys` knows."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
+import builtins
 import re
-import secrets
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from service.audit import ADMINISTRATOR, record
 from service.database import Database, database_now, lock_tenant, new_id
 from service.errors import InvalidRequestError, NotFoundError
-from service.tables import adapter_versions, api_keys, epoch_now, files, tenants
+from service.keys import Key, Role, alive, end_keys, end_others, get_key, issue, key_id, keys_of, matches
+from service.quotas import LIMIT_COLUMNS, TenantLimits, limits_in, limits_of, set_limits
+from service.tables import adapter_versions, api_keys, files, tenant_limits, tenants
+from service.usage_rows import without_names
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -29,6 +27,16 @@ class Tenant:
     id: str
     name: str
     created_at: float
+
+
+@dataclass(frozen=True)
+class Access:
+    """What a valid key opens, as of the moment it was looked up: nothing of this is kept between requests."""
+
+    tenant: Tenant
+    key_id: str
+    role: Role
+    limits: TenantLimits
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,9 @@ class Tenants:
                 raise InvalidRequestError(
                     f"A tenant named '{name}' exists already.", param="name", code="tenant_exists"
                 ) from None
-            return tenant, _issue_key(connection, tenant.id)
+            key, text = issue(connection, tenant.id)
+            record(connection, ADMINISTRATOR, "tenant.create", tenant.id, name=name, key_id=key.id)
+            return tenant, text
 
     def list(self) -> list[Tenant]:
         """By name."""
@@ -79,44 +89,106 @@ class Tenants:
             storage_keys = tuple(keys.scalars())
             digests = tuple(connection.execute(_digests_of_nobody_else(tenant_id)).scalars())
             connection.execute(tenants.delete().where(tenants.c.id == tenant_id))
+            without_names(connection, tenant_id)
+            record(connection, ADMINISTRATOR, "tenant.delete", tenant_id)
         return RemovedTenant(tenant, storage_keys, digests)
 
-    def rotate_key(self, tenant_id: str) -> str:
-        """A new key; every older one stops working."""
+    # -- limits -----------------------------------------------------------------------------------------------
+
+    def limits(self, tenant_id: str) -> TenantLimits:
+        with self._database.read() as connection:
+            return limits_of(connection, tenant_id)
+
+    def change_limits(self, tenant_id: str, changes: Mapping[str, int | None]) -> TenantLimits:
+        """They hold from the next request on, at every replica. What is not named stays."""
         with self._database.begin() as connection:
             lock_tenant(connection, tenant_id)
-            connection.execute(api_keys.delete().where(api_keys.c.tenant_id == tenant_id))
-            return _issue_key(connection, tenant_id)
+            before = limits_of(connection, tenant_id)
+            limits = replace(before, **changes)
+            set_limits(connection, tenant_id, limits)
+            if limits != before:
+                record(connection, ADMINISTRATOR, "tenant.limits", tenant_id, **limits.as_dict())
+            return limits
 
-    def authenticate(self, api_key: str) -> Tenant | None:
-        """Whose key this is; None for a key that is not ours."""
+    # -- keys -------------------------------------------------------------------------------------------------
+
+    def keys(self, tenant_id: str) -> builtins.list[Key]:
+        with self._database.read() as connection:
+            _get(connection, tenant_id)
+            return keys_of(connection, tenant_id)
+
+    def create_key(
+        self,
+        tenant_id: str,
+        *,
+        role: Role = Role.ADMIN,
+        name: str | None = None,
+        expires_in_seconds: float | None = None,
+        actor: str = ADMINISTRATOR,
+    ) -> tuple[Key, str]:
+        """A further key; the older ones go on working."""
+        with self._database.begin() as connection:
+            lock_tenant(connection, tenant_id)
+            key, text = issue(connection, tenant_id, role=role, name=name, expires_in_seconds=expires_in_seconds)
+            told = {"key_id": key.id, "role": key.role, "expires_at": key.expires_at}
+            record(connection, actor, "key.create", tenant_id, **told)
+            return key, text
+
+    def rotate_key(self, tenant_id: str, *, overlap_seconds: float = 0.0) -> str:
+        """A new key of the tenant's; every older one stops working, at once or after the overlap."""
+        with self._database.begin() as connection:
+            lock_tenant(connection, tenant_id)
+            if overlap_seconds == 0.0:
+                end_keys(connection, api_keys.c.tenant_id == tenant_id, 0.0)
+            key, text = issue(connection, tenant_id)
+            end_others(connection, key, overlap_seconds)
+            record(
+                connection, ADMINISTRATOR, "key.rotate_all", tenant_id, key_id=key.id, overlap_seconds=overlap_seconds
+            )
+            return text
+
+    def replace_key(
+        self, tenant_id: str, replaced: str, *, overlap_seconds: float = 0.0, actor: str = ADMINISTRATOR
+    ) -> tuple[Key, str]:
+        """A new key like `replaced`, which stops working, at once or after the overlap."""
+        with self._database.begin() as connection:
+            lock_tenant(connection, tenant_id)
+            old = get_key(connection, tenant_id, replaced)
+            lifetime = None if old.expires_at is None else old.expires_at - old.created_at
+            end_keys(connection, api_keys.c.id == old.id, overlap_seconds)
+            key, text = issue(connection, tenant_id, role=old.role, name=old.name, expires_in_seconds=lifetime)
+            told = {"key_id": key.id, "replaced": old.id, "overlap_seconds": overlap_seconds}
+            record(connection, actor, "key.rotate", tenant_id, **told)
+            return key, text
+
+    def revoke_key(self, tenant_id: str, key_id: str, *, actor: str = ADMINISTRATOR) -> None:
+        with self._database.begin() as connection:
+            lock_tenant(connection, tenant_id)
+            key = get_key(connection, tenant_id, key_id)
+            connection.execute(api_keys.delete().where(api_keys.c.id == key.id))
+            record(connection, actor, "key.revoke", tenant_id, key_id=key.id)
+
+    def access(self, api_key: str) -> Access | None:
+        """What this key opens; None for a key that is not ours, or not any more."""
         found = key_id(api_key)
         if found is None:
             return None
-        query = sa.select(tenants, api_keys.c.digest).join(api_keys).where(api_keys.c.id == found)
+        query = sa.select(tenants, api_keys.c.digest, api_keys.c.role, *LIMIT_COLUMNS).select_from(
+            tenants.join(api_keys).outerjoin(tenant_limits, _LIMITS_OF_TENANT)
+        )
         with self._database.read() as connection:
-            row = connection.execute(query).one_or_none()
-        if row is None or not hmac.compare_digest(row.digest, _digest(api_key)):
+            row = connection.execute(query.where(api_keys.c.id == found, alive())).one_or_none()
+        if row is None or not matches(api_key, row.digest):
             return None
-        return _tenant(row)
+        return Access(_tenant(row), found, Role(row.role), limits_in(row._mapping))
+
+    def authenticate(self, api_key: str) -> Tenant | None:
+        """Whose key this is; None for a key that is not ours."""
+        access = self.access(api_key)
+        return None if access is None else access.tenant
 
 
-def _issue_key(connection: Connection, tenant_id: str) -> str:
-    key_id = secrets.token_hex(6)
-    api_key = f"rs-{key_id}-{secrets.token_urlsafe(32)}"
-    row = {"id": key_id, "tenant_id": tenant_id, "digest": _digest(api_key), "created_at": epoch_now()}
-    connection.execute(api_keys.insert().values(row))
-    return api_key
-
-
-def key_id(api_key: str) -> str | None:
-    """The part of a key that is no secret; None for what is no key."""
-    parts = api_key.split("-", 2)
-    return parts[1] if len(parts) == 3 and parts[0] == "rs" and parts[1].isascii() else None
-
-
-def _digest(api_key: str) -> str:
-    return hashlib.sha256(api_key.encode()).hexdigest()
+_LIMITS_OF_TENANT = tenant_limits.c.tenant_id == tenants.c.id
 
 
 def _digests_of_nobody_else(tenant_id: str) -> sa.Select[Any]:

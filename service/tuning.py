@@ -395,7 +395,8 @@ class TuningRun:
             "trainer": self._trainer.state_dict() if self._trainer else None,
         }
         reference = points.save(self._job.id, self._claim.attempt, state)
-        self._services.queue.save_resume_point(self._claim, reference)
+        trained = self._trainer.trained_tokens if self._trainer else None
+        self._services.queue.save_resume_point(self._claim, reference, trained)
         points.discard(self._job.id, keep=reference)
         give_back()
         self._saved_at = time.monotonic()

@@ -22,6 +22,7 @@ from adapters.store import REQUIRED_FILES
 from service.adapter_import import AdapterImport
 from service.aliases import Alias
 from service.api.auth import TenantDep
+from service.api.json_body import JsonRoute
 from service.api.pages import list_body, only_query
 from service.api.services import Services, ServicesDep
 from service.card import make_card
@@ -29,7 +30,7 @@ from service.card_markdown import card_markdown
 from service.errors import InvalidRequestError, TooLargeError
 from service.versions import AdapterVersion
 
-router = APIRouter(tags=["adapters"])
+router = APIRouter(route_class=JsonRoute, tags=["adapters"])
 
 _FIELDS = ("file", "suffix", "alias")
 _CHUNK_BYTES = 1024 * 1024

@@ -9,11 +9,12 @@ from pydantic import Field
 
 from service.aliases import Alias
 from service.api.auth import TenantDep
+from service.api.json_body import JsonRoute
 from service.api.pages import list_body, only_query
 from service.api.services import ServicesDep
 from service.api.wire import WireModel
 
-router = APIRouter(prefix="/v1/aliases", tags=["aliases"])
+router = APIRouter(route_class=JsonRoute, prefix="/v1/aliases", tags=["aliases"])
 
 
 class AliasRequest(WireModel):

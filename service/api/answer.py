@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from adapters.errors import AdapterError
 from service.api.answer_watch import AnswerWatch
 from service.api.generation import Generation, asked_by, origin_of, unless_disconnected
 from service.api.keepsake import Keepsake
+from service.api.meter import Meter, Usage
 from service.api.schemas import GenerationParams
 from service.api.services import Services
 from service.api.sse import DONE, EventStream, event
@@ -35,12 +36,10 @@ from service.engine.sequence import (
 )
 from service.errors import InvalidRequestError, ServiceError, wire_error
 from service.routing import ResolvedModel, Route
-from service.tenants import Tenant
+from service.tenants import Access, Tenant
 
 NUM_SEEDS = 2**63
 """The engine's seeds lie in 0 … 2**63 - 1; those of clients are 64-bit and signed."""
-
-Usage = Mapping[str, int | Mapping[str, int]]
 
 
 @dataclass(frozen=True)
@@ -80,31 +79,6 @@ class AnswerShape(Protocol):
     def usage_event(self, usage: Usage) -> bytes: ...
 
 
-class _TokenCount:
-    """Adds up the usage. A prompt counts once, however many choices it gets; cached is what none of them computed."""
-
-    def __init__(self, num_choices_per_prompt: int) -> None:
-        self._per_prompt = num_choices_per_prompt
-        self._prompt: dict[int, int] = {}
-        self._completion: dict[int, int] = {}
-        self._cached: dict[int, int] = {}
-
-    def add(self, index: int, chunk: OutputChunk) -> None:
-        prompt = index // self._per_prompt
-        self._prompt[prompt] = chunk.num_prompt_tokens
-        self._cached[prompt] = min(chunk.num_cached_tokens, self._cached.get(prompt, chunk.num_cached_tokens))
-        self._completion[index] = chunk.num_output_tokens
-
-    def usage(self) -> Usage:
-        prompt, completion = sum(self._prompt.values()), sum(self._completion.values())
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
-        }
-
-
 @dataclass(frozen=True)
 class Ask:
     """A request, understood: whose, which model answers, how to sample, and the prompts as tokens; `keepsake` is what
@@ -139,6 +113,15 @@ class Ask:
                     param=param,
                     code="context_length_exceeded",
                 )
+
+    def num_tokens(self, max_model_len: int) -> tuple[int, int]:
+        """That it takes in any case, as far as it says, and at most."""
+        given = sum(len(prompt) for prompt in self.prompts)
+        num_choices = self.params.num_choices
+        if self.max_tokens is not None:
+            whole = given + self.max_tokens * num_choices * len(self.prompts)
+            return whole, whole
+        return given, given + sum(max_model_len - len(prompt) for prompt in self.prompts) * num_choices
 
     def requests(
         self, max_seconds: float | None, *, measure: bool, asked: AskedBy | None = None
@@ -184,7 +167,7 @@ class Ask:
         )
 
 
-async def answer(request: Request, services: Services, ask: Ask, shape: AnswerShape) -> Response:
+async def answer(request: Request, services: Services, access: Access, ask: Ask, shape: AnswerShape) -> Response:
     """Generate, and answer as the client asked: at once or as a stream.
 
     Sets `request.state.outcome` for the metrics where the status alone does not tell.
@@ -200,56 +183,60 @@ async def answer(request: Request, services: Services, ask: Ask, shape: AnswerSh
     headers = watch.headers
     if ask.model.digest is not None:
         headers["x-rootstock-adapter"] = ask.model.digest
+    meter = Meter(services, access, ask.head.id, ask.model.id, ask.params.num_choices)
+    meter.reserve(*ask.num_tokens(services.base.max_model_len))
     try:
         await unless_disconnected(request, generation.start())
         watch.started()
         if ask.params.stream:
             request.state.outcome = "aborted"  # until the last event is sent
-            events = _events(request, generation, ask, shape, watch)
-            return EventStream(events, partial(_release, generation, watch), headers)
-        body = await unless_disconnected(request, _body(generation, ask, shape, watch))
+            events = _events(request, generation, ask, shape, watch, meter)
+            return EventStream(events, partial(_release, generation, watch, meter), headers)
+        body = await unless_disconnected(request, _body(generation, shape, watch, meter))
     except BaseException as error:
         watch.failed(error)
+        meter.failed(error)
         await generation.aclose()
         raise
     return JSONResponse(body, headers=headers)
 
 
-async def _release(generation: Generation, watch: AnswerWatch) -> None:
+async def _release(generation: Generation, watch: AnswerWatch, meter: Meter) -> None:
     watch.abandoned()
+    meter.abandoned()
     await generation.aclose()
 
 
-async def _body(generation: Generation, ask: Ask, shape: AnswerShape, watch: AnswerWatch) -> dict[str, Any]:
+async def _body(generation: Generation, shape: AnswerShape, watch: AnswerWatch, meter: Meter) -> dict[str, Any]:
     choices = [Choice() for _ in range(generation.num_choices)]
-    count = _TokenCount(ask.params.num_choices)
     async for index, chunk in generation.chunks():
         if watch.is_watching:
             watch.add(index, chunk)
         choices[index].add(chunk)
-        count.add(index, chunk)
+        meter.add(index, chunk)
     watch.finished()
-    return shape.body(choices, count.usage())
+    return shape.body(choices, await meter.finished())
 
 
 async def _events(
-    request: Request, generation: Generation, ask: Ask, shape: AnswerShape, watch: AnswerWatch
+    request: Request, generation: Generation, ask: Ask, shape: AnswerShape, watch: AnswerWatch, meter: Meter
 ) -> AsyncIterator[bytes]:
-    count = _TokenCount(ask.params.num_choices)
     outcome = "success"
     try:
         async for index, chunk in generation.chunks():
             if watch.is_watching:
                 watch.add(index, chunk)
-            count.add(index, chunk)
+            meter.add(index, chunk)
             if events := shape.chunk_events(index, chunk):
                 yield events
         watch.finished()
+        usage = await meter.finished()
         if ask.params.include_usage:
-            yield shape.usage_event(count.usage())
+            yield shape.usage_event(usage)
     except (ServiceError, EngineError, AdapterError) as error:
         outcome = "error"
         watch.failed(error)
+        meter.failed(error)
         yield event(wire_error(error).body)
     yield DONE
     request.state.outcome = outcome

@@ -10,12 +10,13 @@ from pydantic import Field
 
 from service.api.auth import TenantDep
 from service.api.experiment_body import experiment_body
+from service.api.json_body import JsonRoute
 from service.api.pages import After, Limit, list_body, only_query
 from service.api.services import Services, ServicesDep
 from service.api.wire import WireModel
 from service.experiment import CanaryPolicy, Experiment, ExperimentKind
 
-router = APIRouter(prefix="/v1/aliases/{alias}", tags=["aliases"])
+router = APIRouter(route_class=JsonRoute, prefix="/v1/aliases/{alias}", tags=["aliases"])
 
 CANARY, SHADOW = ExperimentKind.CANARY, ExperimentKind.SHADOW
 Share = Field(None, ge=0, lt=1)

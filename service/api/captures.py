@@ -7,11 +7,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query
 
 from service.api.auth import TenantDep
+from service.api.json_body import JsonRoute
 from service.api.pages import After, Limit, list_body, only_query
 from service.api.services import ServicesDep
 from service.captures import Capture
 
-router = APIRouter(prefix="/v1/captures", tags=["captures"])
+router = APIRouter(route_class=JsonRoute, prefix="/v1/captures", tags=["captures"])
 
 User = Annotated[str | None, Query(min_length=1, max_length=256)]
 

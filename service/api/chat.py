@@ -10,11 +10,13 @@ from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 
-from service.api.answer import Ask, Choice, Head, Usage, answer
-from service.api.auth import TenantDep
+from service.api.answer import Ask, Choice, Head, answer
+from service.api.auth import AccessDep
 from service.api.end_user import end_user
+from service.api.json_body import JsonRoute
 from service.api.keepsake import keepsake
 from service.api.logprobs import chat_logprobs
+from service.api.meter import Usage
 from service.api.schemas import ChatRequest
 from service.api.services import Services, ServicesDep
 from service.api.sse import to_json
@@ -25,15 +27,15 @@ from service.drift_intake import Turn
 from service.engine.sequence import FinishReason, OutputChunk
 from service.tenants import Tenant
 
-router = APIRouter(tags=["chat"])
+router = APIRouter(route_class=JsonRoute, tags=["chat"])
 
 
 @router.post("/v1/chat/completions")
 async def create_chat_completion(
-    body: ChatRequest, request: Request, tenant: TenantDep, services: ServicesDep
+    body: ChatRequest, request: Request, access: AccessDep, services: ServicesDep
 ) -> Response:
     who = end_user(request, body)
-    ask = await run_in_threadpool(_understand, body, who, tenant, services)
+    ask = await run_in_threadpool(_understand, body, who, access.tenant, services)
     calls: CallSyntax | None = None
     if body.may_call:
         grammar, calls = await tool_grammar(body, services.tool_format, services.grammars)
@@ -42,7 +44,7 @@ async def create_chat_completion(
         ask = replace(ask, grammar=await services.grammars.compile(source))
     if not any(message.role == "assistant" for message in body.messages):
         ask = replace(ask, turn=Turn(who.name, expects_json=body.expects_json))
-    return await answer(request, services, ask, ChatShape(ask.head, body.include_usage, calls))
+    return await answer(request, services, access, ask, ChatShape(ask.head, body.include_usage, calls))
 
 
 def _understand(body: ChatRequest, who: Callable[[], str], tenant: Tenant, services: Services) -> Ask:

@@ -11,11 +11,13 @@ from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 
-from service.api.answer import Ask, Choice, Head, Usage, answer
-from service.api.auth import TenantDep
+from service.api.answer import Ask, Choice, Head, answer
+from service.api.auth import AccessDep
 from service.api.end_user import end_user
+from service.api.json_body import JsonRoute
 from service.api.keepsake import keepsake
 from service.api.logprobs import legacy_logprobs
+from service.api.meter import Usage
 from service.api.schemas import CompletionRequest
 from service.api.services import Services, ServicesDep
 from service.api.sse import to_json
@@ -32,19 +34,19 @@ DEFAULT_MAX_TOKENS = 16
 MAX_SEQUENCES = 256
 """Prompts times choices of one request."""
 
-router = APIRouter(tags=["completions"])
+router = APIRouter(route_class=JsonRoute, tags=["completions"])
 
 
 @router.post("/v1/completions")
 async def create_completion(
-    body: CompletionRequest, request: Request, tenant: TenantDep, services: ServicesDep
+    body: CompletionRequest, request: Request, access: AccessDep, services: ServicesDep
 ) -> Response:
     who = end_user(request, body)
-    ask, source = await run_in_threadpool(_understand, body, who, tenant, services)
+    ask, source = await run_in_threadpool(_understand, body, who, access.tenant, services)
     ask = replace(ask, turn=Turn(who.name, expects_json=body.expects_json))
     if source is not None:
         ask = replace(ask, grammar=await services.grammars.compile(source))
-    return await answer(request, services, ask, CompletionShape(ask.head, body.include_usage))
+    return await answer(request, services, access, ask, CompletionShape(ask.head, body.include_usage))
 
 
 def _understand(

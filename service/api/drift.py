@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends
 from pydantic import Field
 
 from service.api.auth import KeyIdDep, TenantDep
+from service.api.json_body import JsonRoute
 from service.api.pages import After, Limit, list_body, only_query
 from service.api.services import Services, ServicesDep
 from service.api.wire import WireModel
@@ -16,7 +17,7 @@ from service.drift_states import SignalState
 from service.drift_view import Acknowledgement, StreamView
 from service.errors import ConflictError, InvalidRequestError
 
-router = APIRouter(prefix="/v1", tags=["drift"])
+router = APIRouter(route_class=JsonRoute, prefix="/v1", tags=["drift"])
 
 Signal = Literal[
     "prompt_embedding",

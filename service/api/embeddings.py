@@ -14,8 +14,10 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 from numpy.typing import NDArray
 
-from service.api.auth import TenantDep
+from service.api.auth import AccessDep
 from service.api.generation import asked_by, origin_of, unless_disconnected
+from service.api.json_body import JsonRoute
+from service.api.meter import Meter
 from service.api.schemas import EmbeddingsRequest
 from service.api.services import Services, ServicesDep
 from service.engine.errors import EngineError
@@ -24,6 +26,7 @@ from service.errors import InvalidRequestError
 from service.metrics import Origin
 from service.routing import ResolvedModel
 from service.tenants import Tenant
+from service.usage_rows import Tokens
 
 MAX_TOTAL_TOKENS = 300_000
 """Of all inputs of one request; OpenAI's."""
@@ -33,7 +36,7 @@ SEATS_SHARE, TOKENS_SHARE = 4, 2
 
 Vector = NDArray[np.float32]
 
-router = APIRouter(tags=["embeddings"])
+router = APIRouter(route_class=JsonRoute, tags=["embeddings"])
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,20 @@ class _Ask:
 
 @router.post("/v1/embeddings")
 async def create_embeddings(
-    body: EmbeddingsRequest, request: Request, tenant: TenantDep, services: ServicesDep
+    body: EmbeddingsRequest, request: Request, access: AccessDep, services: ServicesDep
 ) -> Response:
-    ask = await run_in_threadpool(_understand, body, tenant, services, asked_by(request))
+    ask = await run_in_threadpool(_understand, body, access.tenant, services, asked_by(request))
     origin = origin_of(request, "embeddings")
     if request.state.trace is not None:
         request.state.trace.asked("embeddings", body.model, ask.model.id, ask.id, ask.requests)
-    vectors = await unless_disconnected(request, _embed(ask.requests, services, origin))
+    meter = Meter(services, access, ask.id, ask.model.id)
+    meter.reserve(ask.num_tokens, ask.num_tokens)
+    try:
+        vectors = await unless_disconnected(request, _embed(ask.requests, services, origin))
+    except BaseException as error:
+        meter.failed(error)  # nothing was counted: an answer that nobody got costs nothing
+        raise
+    await meter.book(Tokens(requests=1, prompt_tokens=ask.num_tokens))
     return await run_in_threadpool(_answer, body, ask, vectors)
 
 

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from adapters.errors import AdapterError
-from service.api.wire import UNSUPPORTED
+from service.api.wire import UNSUPPORTED, field_path
 from service.engine.errors import EngineError
 from service.errors import InvalidRequestError, ServiceError, error_body, wire_error
 
@@ -86,14 +86,6 @@ def invalid_request(errors: Sequence[dict[str, object]]) -> InvalidRequestError:
         return InvalidRequestError(f"Unsupported: '{param}' is {reason}.", param=param, code="unsupported_parameter")
     code = "invalid_type" if kind.endswith("_type") else "invalid_value"
     return InvalidRequestError(f"Invalid value for '{param}': {reason}.", param=param, code=code)
-
-
-def field_path(location: Sequence[int | str]) -> str:
-    """("messages", 0, "role") -> "messages[0].role"."""
-    path = ""
-    for part in location:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
-    return path
 
 
 def _json_reason(error: dict[str, object]) -> str:

@@ -8,12 +8,13 @@ from fastapi import APIRouter, Depends
 from pydantic import BeforeValidator, Field, model_validator
 
 from service.api.auth import TenantDep
+from service.api.json_body import JsonRoute
 from service.api.pages import After, Limit, list_body, only_query
 from service.api.services import ServicesDep
 from service.api.wire import WireModel, field_error
 from service.feedback import FeedbackEntry, Opinion
 
-router = APIRouter(prefix="/v1/feedback", tags=["feedback"])
+router = APIRouter(route_class=JsonRoute, prefix="/v1/feedback", tags=["feedback"])
 
 MAX_CORRECTED_CHARACTERS = 64 * 1024
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from asyncio import wrap_future
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -14,13 +15,14 @@ from pydantic import StringConstraints
 from starlette.datastructures import FormData, UploadFile
 
 from service.api.auth import TenantDep
+from service.api.json_body import JsonRoute
 from service.api.pages import After, list_body, only_query
 from service.api.services import ServicesDep
 from service.api.wire import WireModel
 from service.errors import InvalidRequestError, NotFoundError
 from service.files import File, FilePurpose, Files
 
-router = APIRouter(tags=["files"])
+router = APIRouter(route_class=JsonRoute, tags=["files"])
 
 
 class ReportRequest(WireModel):
@@ -171,8 +173,8 @@ def _expiry(form: FormData) -> int | None:
         return None
     if anchor != "created_at":
         raise InvalidRequestError(f"'{_ANCHOR}' must be 'created_at'.", param=_ANCHOR, code="invalid_value")
-    text = seconds if isinstance(seconds, str) and seconds.isascii() and seconds.isdecimal() else "0"
-    if not MIN_EXPIRY_SECONDS <= int(text[:10]) <= MAX_EXPIRY_SECONDS:
+    text = seconds if isinstance(seconds, str) and re.fullmatch("[0-9]{1,10}", seconds) else "0"
+    if not MIN_EXPIRY_SECONDS <= int(text) <= MAX_EXPIRY_SECONDS:
         raise InvalidRequestError(
             f"'{_SECONDS}' must be between {MIN_EXPIRY_SECONDS} and {MAX_EXPIRY_SECONDS}.",
             param=_SECONDS,

@@ -10,16 +10,17 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Request
 
-from service.api.auth import TenantDep
+from service.api.auth import KeyIdDep, TenantDep
 from service.api.evaluation_schemas import requested_gate
 from service.api.fine_tuning_schemas import MAX_SEED, JobRequest
+from service.api.json_body import JsonRoute
 from service.api.pages import After, Limit, list_body, only_query
 from service.api.services import Services, ServicesDep
 from service.errors import InvalidRequestError, NotFoundError
 from service.job import Checkpoint, EvaluationSpec, Event, Hyperparameters, Job, JobSpec, Method, Preset
 from service.jobs import Idempotency
 
-router = APIRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"])
+router = APIRouter(route_class=JsonRoute, prefix="/v1/fine_tuning", tags=["fine-tuning"])
 
 paged = Depends(only_query("after", "limit"))
 CHECKPOINT_METRICS = (
@@ -41,12 +42,14 @@ CHECKPOINT_METRICS = (
 def create_job(
     body: JobRequest,
     tenant: TenantDep,
+    key_id: KeyIdDep,
     services: ServicesDep,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
     x_stainless_retry_count: Annotated[str | None, Header()] = None,
 ) -> dict[str, Any]:
     spec = _spec(body, tenant.id, services)
-    return job_body(services.jobs.create(tenant.id, spec, _idempotency(body, idempotency_key, x_stainless_retry_count)))
+    idempotency = _idempotency(body, idempotency_key, x_stainless_retry_count)
+    return job_body(services.jobs.create(tenant.id, spec, idempotency, key_id=key_id))
 
 
 @router.post("/estimate")

@@ -44,8 +44,9 @@ def _auto_or_probe(value: Any, validate: Callable[[Any], Any]) -> Any:
 
 
 _Auto = WrapValidator(_auto_or)
-AutoCount = Annotated[int, Field(ge=1), _Auto]
-AutoPositive = Annotated[float, Field(gt=0), _Auto]
+AutoCount = Annotated[int, Field(ge=1, le=MAX_SEED), _Auto]
+AutoPositive = Annotated[float, Field(gt=0, le=1e9), _Auto]
+LayerIndex = Annotated[int, Field(ge=0, le=MAX_SEED)]
 ModuleName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 FileId = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
@@ -66,7 +67,11 @@ class Hyperparameters(WireModel):
         Annotated[list[ModuleName], Field(min_length=1, max_length=256), BeforeValidator(_modules)] | None
     ) = None
     layers_to_transform: (
-        Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=512), AfterValidator(_distinct)]
+        Annotated[
+            list[LayerIndex],
+            Field(min_length=1, max_length=512),
+            AfterValidator(_distinct),
+        ]
         | None
     ) = None
     use_rslora: bool | None = None

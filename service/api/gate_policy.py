@@ -9,10 +9,11 @@ from fastapi import APIRouter, Depends
 from adapters.gate import GatePolicy
 from service.api.auth import TenantDep
 from service.api.evaluation_schemas import GateRequest
+from service.api.json_body import JsonRoute
 from service.api.pages import only_query
 from service.api.services import ServicesDep
 
-router = APIRouter(prefix="/v1/gate_policy", tags=["gate"])
+router = APIRouter(route_class=JsonRoute, prefix="/v1/gate_policy", tags=["gate"])
 
 
 @router.get("", dependencies=[Depends(only_query())])

@@ -12,12 +12,13 @@ from fastapi.responses import StreamingResponse
 
 from adapters.peft_archive import zip_chunks
 from service.api.auth import TenantDep
+from service.api.json_body import JsonRoute
 from service.api.pages import list_body, only_query
 from service.api.services import Services, ServicesDep
 from service.errors import ConflictError, InvalidRequestError, NotFoundError
 from service.merges import Merge, Merges, MergeState, merged_bytes
 
-router = APIRouter(tags=["merges"])
+router = APIRouter(route_class=JsonRoute, tags=["merges"])
 
 
 @router.post("/v1/adapters/{model:path}/merge")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 import uuid
@@ -13,7 +14,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import error_response
 from service.drain import Drain
-from service.errors import TooLargeError, UnavailableError
+from service.errors import (
+    InvalidRequestError,
+    ServiceError,
+    TooLargeError,
+    TooSlowError,
+    UnsupportedEncodingError,
+)
 from service.log import log_ids
 from service.metrics import Metrics, Origin
 from service.tracing.traceparent import new_trace_id, trace_id_of
@@ -31,6 +38,9 @@ CLIENT_CLOSED_REQUEST = 499
 UPLOAD_PATHS = ("/v1/files", "/v1/adapters")
 MULTIPART_OVERHEAD_BYTES = 64 * 1024
 """Boundaries and form fields around an uploaded file."""
+BODY_GRACE_SECONDS = 30.0
+MIN_BODY_BYTES_PER_SECOND = 16 * 1024
+"""What a body has to come in at, once the grace is over."""
 
 OPERATIONS = {
     "/v1/chat/": "chat",
@@ -42,6 +52,8 @@ OPERATIONS = {
     "/v1/aliases": "aliases",
     "/v1/feedback": "feedback",
     "/v1/drift": "drift",
+    "/v1/usage": "usage",
+    "/v1/keys": "keys",
     "/v1/admin/": "admin",
 }
 """Prefix of the path -> the metric label `operation`."""
@@ -52,8 +64,9 @@ class RequestMiddleware:
     """Outermost of the API app: sets `request.state.request_id`, `.trace_id`, `.arrival` and `.trace`, and answers
     `x-request-id` and `x-trace-id`.
 
-    A body over its limit is a 413, an exception nobody expected a 500, a request while the service drains a 503; all
-    in OpenAI's shape. Whatever is logged on the way carries the ids.
+    A body over its limit is a 413, one that comes drop by drop a 408, a compressed one a 415, an exception nobody
+    expected a 500, a request while the service drains a 503; all in OpenAI's shape. Whatever is logged on the way
+    carries the ids.
     """
 
     def __init__(
@@ -81,10 +94,11 @@ class RequestMiddleware:
         with log_ids(exchange.state), self._drain.answering():
             try:
                 self._drain.check()
-                exchange.check_declared_size()
+                exchange.check_head()
                 await self._app(scope, exchange.receive, exchange.send)
-            except (TooLargeError, UnavailableError) as error:
-                await error_response(error)(scope, receive, exchange.send)
+            except ServiceError as error:
+                if exchange.status is None:
+                    await error_response(error)(scope, receive, exchange.send)
             except Exception:
                 log.exception("request_failed", path=scope["path"])
                 if exchange.status is None:
@@ -105,6 +119,7 @@ class _Exchange:
     ) -> None:
         self._scope, self._receive, self._send = scope, receive, send
         self._max_bytes, self._num_bytes = max_bytes, 0
+        self._whole = False
         self._drain = drain
         self._start = time.monotonic()
         self._headers = Headers(scope=scope)
@@ -118,15 +133,21 @@ class _Exchange:
         self.state["trace"] = self._trace
         self.state["arrival"] = self._start
 
-    def check_declared_size(self) -> None:
-        """Refuse before reading. Raises TooLargeError."""
+    def check_head(self) -> None:
+        """Refuse before reading. Raises TooLargeError, UnsupportedEncodingError, InvalidRequestError."""
+        encoding = self._headers.get("content-encoding", "identity")
+        if encoding.strip().lower() != "identity":
+            raise UnsupportedEncodingError("Send the body as it is: no 'Content-Encoding' is taken.")
+        if "\0" in self._scope["path"] or b"%00" in self._scope["query_string"] or b"\0" in self._scope["query_string"]:
+            raise InvalidRequestError("The URL holds a NUL character.", code="invalid_value")
         declared = self._headers.get("content-length", "")
         if declared.isdecimal():
             self._check(int(declared))
 
     async def receive(self) -> Message:
-        message = await self._receive()
+        message = await self._next_message()
         if message["type"] == "http.request":
+            self._whole = not message.get("more_body", False)
             self._num_bytes += len(message.get("body", b""))
             self._check(self._num_bytes)
         return message
@@ -137,6 +158,8 @@ class _Exchange:
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = self.state["request_id"]
             headers["x-trace-id"] = self.state["trace_id"]
+            if (rate_headers := self.state.get("rate_headers")) is not None:
+                headers.update(rate_headers())
             if self._drain.begun:
                 headers["connection"] = "close"  # the next request of this client shall find another place
         await self._send(message)
@@ -159,6 +182,17 @@ class _Exchange:
         if self._trace is not None:
             ids = {"request_id": state["request_id"], "tenant": state.get("tenant_id")}
             self._trace.ended(getattr(self._scope.get("route"), "path", None), self.status, outcome, ids)
+
+    async def _next_message(self) -> Message:
+        """Raises TooSlowError for a body that comes in drop by drop. What comes after the body may take any time."""
+        if self._whole:
+            return await self._receive()
+        allowed = BODY_GRACE_SECONDS + self._num_bytes / MIN_BODY_BYTES_PER_SECOND
+        try:
+            async with asyncio.timeout(self._start + allowed - time.monotonic()):
+                return await self._receive()
+        except TimeoutError:
+            raise TooSlowError("The request's body came in too slowly.") from None
 
     def _check(self, num_bytes: int) -> None:
         if num_bytes > self._max_bytes:

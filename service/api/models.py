@@ -7,12 +7,13 @@ from typing import Any
 from fastapi import APIRouter, Depends
 
 from service.api.auth import TenantDep
+from service.api.json_body import JsonRoute
 from service.api.pages import only_query
 from service.api.services import Services, ServicesDep
 from service.registry import BaseIdentity
 from service.versions import AdapterVersion
 
-router = APIRouter(tags=["models"])
+router = APIRouter(route_class=JsonRoute, tags=["models"])
 
 
 @router.get("/v1/models", dependencies=[Depends(only_query())])

@@ -7,12 +7,13 @@ from typing import Any
 from fastapi import APIRouter, Depends
 
 from service.api.auth import TenantDep
+from service.api.json_body import JsonRoute
 from service.api.pages import list_body, only_query
 from service.api.services import ServicesDep
 from service.quality import ROLLING_DAYS, Measure, Measured, VersionQuality
 from service.sequential_test import Stream
 
-router = APIRouter(prefix="/v1/quality", tags=["quality"])
+router = APIRouter(route_class=JsonRoute, prefix="/v1/quality", tags=["quality"])
 
 
 @router.get("", dependencies=[Depends(only_query())])

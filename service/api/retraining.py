@@ -8,13 +8,14 @@ from fastapi import APIRouter, Depends
 from pydantic import Field, StringConstraints
 
 from service.api.auth import TenantDep
+from service.api.json_body import JsonRoute
 from service.api.pages import After, Limit, list_body, only_query
 from service.api.services import Services, ServicesDep
 from service.api.wire import WireModel
 from service.retraining import Outcome
 from service.retraining_rows import Proposal, RetrainingOptions
 
-router = APIRouter(prefix="/v1/retraining", tags=["retraining"])
+router = APIRouter(route_class=JsonRoute, prefix="/v1/retraining", tags=["retraining"])
 
 
 class RetrainingRequest(WireModel):

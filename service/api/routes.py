@@ -20,11 +20,13 @@ from service.api import (
     files,
     fine_tuning,
     gate_policy,
+    keys,
     merges,
     models,
     quality,
     retraining,
     settings,
+    usage,
 )
 
 ROUTERS: Sequence[APIRouter] = tuple(
@@ -47,6 +49,8 @@ ROUTERS: Sequence[APIRouter] = tuple(
         quality,
         captures,
         retraining,
+        usage,
+        keys,
         admin,
     )
 )

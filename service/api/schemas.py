@@ -20,7 +20,11 @@ from service.api.wire import Unsupported, WireModel, field_error
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 4
 MAX_TIMEOUT_SECONDS = 86400.0
+MAX_INT32 = 2**31 - 1
 MAX_INT64 = 2**63 - 1
+MAX_STOP_CHARACTERS = 4096
+MAX_METADATA_CHARACTERS = 512
+MAX_USER_CHARACTERS = 4096
 MAX_BIASES = 300
 
 
@@ -36,7 +40,7 @@ def _no_empty_string(value: list[str] | None) -> list[str] | None:
 
 
 StopStrings = Annotated[
-    list[str] | None,
+    list[Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]] | None,
     Field(max_length=MAX_STOP_STRINGS),
     BeforeValidator(_one_or_many),
     AfterValidator(_no_empty_string),
@@ -71,7 +75,7 @@ class GenerationParams(WireModel):
 
     model: str = Field(min_length=1, max_length=512)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_INT32)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
@@ -80,12 +84,12 @@ class GenerationParams(WireModel):
     stop: StopStrings = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
+    user: str | None = Field(None, max_length=MAX_USER_CHARACTERS)
     store: bool | None = None
     logit_bias: LogitBias = None
     response_format: ResponseFormat | None = None
 
-    top_k: int | None = Field(None, ge=0)
+    top_k: int | None = Field(None, ge=0, le=MAX_INT32)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     ignore_eos: bool | None = None
@@ -176,12 +180,12 @@ class ChatRequest(GenerationParams, ToolParams):
     """Body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT32)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
-    metadata: dict[str, str] | None = Field(None, max_length=16)
-    safety_identifier: str | None = None
+    metadata: dict[str, Annotated[str, Field(max_length=MAX_METADATA_CHARACTERS)]] | None = Field(None, max_length=16)
+    safety_identifier: str | None = Field(None, max_length=MAX_USER_CHARACTERS)
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     service_tier: Literal["auto", "default"] | None = None

@@ -11,6 +11,7 @@ from pydantic import SecretStr
 if TYPE_CHECKING:
     from adapters.store import AdapterStore
     from service.api.tool_format import ToolFormat
+    from service.audit import Audit
     from service.config import Settings
     from service.data_reports import DataReports
     from service.drift import DriftWatch
@@ -22,10 +23,13 @@ if TYPE_CHECKING:
     from service.jobs import Jobs
     from service.merges import Merges
     from service.metrics import Metrics
+    from service.rate_limits import RateLimits
     from service.registry import Registry
     from service.retraining import Retraining
     from service.rollout import Rollout
     from service.tenants import Tenants
+    from service.usage_book import UsageBook
+    from service.usage_report import UsageReport
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,10 @@ class Services:
     store: AdapterStore
     rollout: Rollout
     retraining: Retraining
+    usage: UsageBook
+    usage_report: UsageReport
+    rate_limits: RateLimits
+    audit: Audit
     merges: Merges | None = None
     drift: DriftWatch | None = None
 

@@ -8,11 +8,12 @@ from fastapi import APIRouter
 from pydantic import Field
 
 from service.api.auth import TenantDep
+from service.api.json_body import JsonRoute
 from service.api.services import ServicesDep
 from service.api.wire import WireModel
 from service.tenant_settings import MAX_CAPTURE_DAYS, RetrainingPolicy, TenantChoices
 
-router = APIRouter(prefix="/v1/settings", tags=["settings"])
+router = APIRouter(route_class=JsonRoute, prefix="/v1/settings", tags=["settings"])
 
 
 class SettingsRequest(WireModel):

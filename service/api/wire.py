@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -37,6 +37,14 @@ class WireModel(BaseModel):
 def field_error(param: str, reason: str) -> PydanticCustomError:
     """A complaint of a model validator that names the field to blame."""
     return PydanticCustomError("field", "{reason}", {"reason": reason, "param": param})
+
+
+def field_path(location: Sequence[int | str]) -> str:
+    """("messages", 0, "role") -> "messages[0].role"."""
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path
 
 
 def _same(value: object, harmless: object) -> bool:

@@ -5,14 +5,17 @@ Can be sent to another process: the one that talks to clients needs no more than
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapters.lora_weights import BaseSignature
+from service.engine.chat_format import render_chat, special_texts
 from service.engine.errors import ChatTemplateError
 from service.engine.quantization import Quantization
 
@@ -49,22 +52,19 @@ class BaseDescription:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        """The prompt's tokens in the base's own chat format.
+        """The prompt's tokens in the base's own chat format; what the messages say stays text.
 
         Raises:
             ChatTemplateError: the template refuses the messages.
         """
         try:
-            ids = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=[dict(tool) for tool in tools] if tools else None,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=True,
-                return_dict=False,
-            )
+            return render_chat(self.tokenizer, self._special_texts, messages, tools, add_generation_prompt)
         except (TemplateError, TypeError, KeyError, ValueError) as error:
             raise ChatTemplateError(f"the chat template of {self.name}: {error}", param="messages") from error
-        return list(ids)
+
+    @cached_property
+    def _special_texts(self) -> re.Pattern[str] | None:
+        return special_texts(self.tokenizer)
 
     def description(self) -> BaseDescription:
         """This, without whatever else a subclass holds."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from service.engine.base_model import DEFAULT_CHAT_TEMPLATE
+from service.engine.chat_format import render_chat, special_texts
 from service.engine.checkpoint import read_tokenizer
 from service.engine.errors import BaseModelError, ChatTemplateError
 
@@ -31,16 +34,13 @@ class TextBase:
         self, messages: Sequence[Mapping[str, Any]], tools: Any = None, add_generation_prompt: bool = True
     ) -> list[int]:
         try:
-            ids = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=True,
-                return_dict=False,
-            )
+            return render_chat(self.tokenizer, self._special_texts, messages, tools, add_generation_prompt)
         except (TemplateError, TypeError, KeyError, ValueError) as error:
             raise ChatTemplateError(f"the chat template: {error}", param="messages") from error
-        return list(ids)
+
+    @cached_property
+    def _special_texts(self) -> re.Pattern[str] | None:
+        return special_texts(self.tokenizer)
 
 
 def load_text_base(path_or_hub_id: str) -> TextBase:

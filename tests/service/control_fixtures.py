@@ -168,7 +168,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
     url: str = request.getfixturevalue("postgres_url")
     yield url
     with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute("TRUNCATE tenants RESTART IDENTITY CASCADE")
+        connection.execute("TRUNCATE tenants, usage_hours, usage_entries, audit_log RESTART IDENTITY CASCADE")
         connection.execute("UPDATE schema_version SET version = %s", (SCHEMA_VERSION,))
 
 

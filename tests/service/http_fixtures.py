@@ -28,6 +28,7 @@ from service.api.ops import create_ops_app
 from service.api.services import Services
 from service.api.tool_format import ToolFormat
 from service.app import create_app
+from service.audit import Audit
 from service.config import Settings
 from service.data_reports import DataReports
 from service.database import connect
@@ -39,13 +40,17 @@ from service.engine.engine import Engine
 from service.engine.grammar_compiler import GrammarCompiler
 from service.estimates import Estimates
 from service.health import Health
+from service.http_protocol import BoundedHttp
 from service.job_backlog import job_backlog
 from service.merges import Merges
 from service.metrics import Metrics
+from service.rate_limits import RateLimits
 from service.retraining import Retraining
 from service.retraining_data import RetrainingFiles
 from service.retraining_worker import RetrainingWorker
 from service.rollout import Rollout, open_rollout
+from service.usage_book import open_books
+from service.usage_report import UsageReport
 from tests.fakes import FakeEngine
 from tests.service.control_fixtures import Control, make_control
 
@@ -197,6 +202,10 @@ def serve_fake(directory: Path, monitors: Monitors | None = None, **settings: ob
                 )
             ),
             retraining=retraining,
+            usage=stack.enter_context(open_books(database)),
+            usage_report=UsageReport(database),
+            rate_limits=RateLimits(),
+            audit=Audit(database),
         )
         app = create_app(services)
         api_url, ops_url = stack.enter_context(serve_apps(app, create_ops_app(metrics, health)))
@@ -221,7 +230,9 @@ def serve_apps(*apps: ASGIApp) -> Iterator[list[str]]:
     """Each app on a free port of its own, all on one event loop in a thread; their urls."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in apps]
     servers = [
-        uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=5))
+        uvicorn.Server(
+            uvicorn.Config(app, http=BoundedHttp, log_config=None, lifespan="off", timeout_graceful_shutdown=5)
+        )
         for app in apps
     ]
 

@@ -20,6 +20,7 @@ from service.api.ops import create_ops_app
 from service.api.services import Services
 from service.api.tool_format import ToolFormat
 from service.app import create_app
+from service.audit import Audit
 from service.config import Settings
 from service.data_reports import DataReports
 from service.database import connect
@@ -32,9 +33,12 @@ from service.engine.grammar_compiler import GrammarCompiler
 from service.estimates import Estimates
 from service.health import Health
 from service.metrics import Metrics
+from service.rate_limits import RateLimits
 from service.retraining import Retraining
 from service.rollout import open_rollout
 from service.tracing.traces import Traces
+from service.usage_book import open_books
+from service.usage_report import UsageReport
 from tests.adapters.loras import random_lora
 from tests.service.control_fixtures import Control, make_control
 from tests.service.http_fixtures import ADMIN_KEY, certificates, serve_apps
@@ -135,6 +139,10 @@ def serve_real(
             rollout=stack.enter_context(open_rollout(database, control.registry, engine, metrics, settings)),
             drift=stack.enter_context(open_drift(database, store, engine, metrics, settings)),
             retraining=Retraining(database, control.registry, control.jobs, metrics),
+            usage=stack.enter_context(open_books(database)),
+            usage_report=UsageReport(database),
+            rate_limits=RateLimits(),
+            audit=Audit(database),
         )
         tuned = control.publish(suffix="tuned", digest=ADAPTER)
         ops = create_ops_app(metrics, health)

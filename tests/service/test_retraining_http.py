@@ -15,17 +15,21 @@ from pydantic import SecretStr
 from service.api.services import Services
 from service.api.tool_format import ToolFormat
 from service.app import create_app
+from service.audit import Audit
 from service.config import Settings
 from service.data_reports import DataReports
 from service.engine.grammar_compiler import GrammarCompiler
 from service.estimates import Estimates
 from service.job import JobStatus
 from service.metrics import Metrics
+from service.rate_limits import RateLimits
 from service.retraining import Retraining
 from service.retraining_data import RetrainingFiles
 from service.retraining_worker import RetrainingWorker
 from service.rollout import open_rollout
 from service.tuning import Outcome, TuningRun
+from service.usage_book import open_books
+from service.usage_report import UsageReport
 from tests.service.http_fixtures import ADMIN_KEY, Served, certificates, serve_apps
 from tests.service.retraining_fixtures import drifted
 from tests.service.tuning_fixtures import QUICK, Workshop, medlars, tiny_base, workshop
@@ -88,6 +92,10 @@ def school(workshop: Workshop) -> Iterator[School]:
                 open_rollout(control.database, control.registry, engine, metrics, settings, retraining)
             ),
             retraining=retraining,
+            usage=stack.enter_context(open_books(control.database)),
+            usage_report=UsageReport(control.database),
+            rate_limits=RateLimits(),
+            audit=Audit(control.database),
         )
         (url,) = stack.enter_context(serve_apps(create_app(services)))
         headers = {"authorization": f"Bearer {control.acme_key}"}
