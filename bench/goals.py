@@ -18,7 +18,7 @@ _EVERYWHERE = {
     "HTTP ÷ engine": Goal("≥", 0.95, ""),
     **{
         f"{what} watched ÷ not, {clients}": Goal("≤", 1.01, "")
-        for what in ("first token", "answer")
+        for what in ("first token", "answer", "computing")
         for clients in ("1 client", "4 clients")
     },
     "training ÷ PEFT": Goal("≥", 2.0, "Unsloth 2 (vendor), packing 3.4 (torchtune)"),

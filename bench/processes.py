@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from bench.plan import Plan
 from bench.serving import kv_bytes
@@ -30,7 +31,14 @@ class Running:
 
     url: str
     ops_url: str
+    pid: int
     key: str
+
+    def cpu_seconds(self) -> float:
+        """What it and its child processes have computed so far."""
+        first = psutil.Process(self.pid)
+        times = [process.cpu_times() for process in (first, *first.children(recursive=True))]
+        return sum(one.user + one.system for one in times)
 
 
 @contextmanager
@@ -39,26 +47,26 @@ def running_service(subject: Subject, plan: Plan) -> Iterator[Running]:
     admin_key = secrets.token_urlsafe(32)
     with (
         tempfile.TemporaryDirectory(prefix="rootstock-bench-") as directory,
-        started_service(subject, plan, Path(directory), ["--no-training"], admin_key) as (url, ops_url),
+        started_service(subject, plan, Path(directory), ["--no-training"], admin_key) as (url, ops_url, pid),
     ):
         answer = httpx.post(
             f"{url}/admin/tenants", json={"name": "bench"}, headers={"authorization": f"Bearer {admin_key}"}
         )
-        yield Running(url, ops_url, answer.raise_for_status().json()["api_key"])
+        yield Running(url, ops_url, pid, answer.raise_for_status().json()["api_key"])
 
 
 @contextmanager
 def started_service(
     subject: Subject, plan: Plan, data_dir: Path, options: Sequence[str], admin_key: str
-) -> Iterator[tuple[str, str]]:
-    """`rootstock serve` on the bench's checkpoint; its URLs, of the API and of operations."""
+) -> Iterator[tuple[str, str, int]]:
+    """`rootstock serve` on the bench's checkpoint; its URLs, of the API and of operations, and its process."""
     command = [sys.executable, "-c", "from service.cli import main; main()", "serve", "--port", "0"]
     command += ["--ops-port", "0", "--base", str(subject.directory), "--base-name", "bench"]
     command += ["--data-dir", str(data_dir), "--log-level", "error", "--max-num-seqs", str(plan.num_rows)]
     command += ["--prefix-cache", "off", "--kv-cache-bytes", str(kv_bytes(subject.base, plan.num_rows)), *options]
     environment = os.environ | {"ROOTSTOCK_ADMIN_KEY": admin_key, "HF_HUB_OFFLINE": "1"}
     with _process(command, environment) as process:
-        yield _announced_urls(process)
+        yield (*_announced_urls(process), process.pid)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, inf
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
@@ -34,6 +34,12 @@ CHECK_SECONDS = 0.2
 
 class Probing(Protocol):
     """The part of `ServingEngine` that is needed here."""
+
+    @property
+    def num_open(self) -> int: ...
+
+    @property
+    def last_ended_at(self) -> float | None: ...
 
     def submit(self, request: GenerationRequest, on_chunk: Callable[[OutputChunk], None]) -> None: ...
 
@@ -124,10 +130,11 @@ class Prober:
         return Probed(chunk.embedding, chunk.prompt_nll, seconds, is_free)
 
     def _is_quiet(self, stats: EngineStats) -> bool:
-        if stats.num_running or stats.num_waiting:
+        if stats.num_running or stats.num_waiting or self._engine.num_open:
             return False
-        last = stats.last_step_at
-        if last is None or (self._ended_at is not None and last <= self._ended_at):
+        known = [at for at in (stats.last_step_at, self._engine.last_ended_at) if at is not None]
+        last = max(known, default=-inf)
+        if self._ended_at is not None and last <= self._ended_at:
             return True
         return self._clock() - last >= QUIET_SECONDS
 

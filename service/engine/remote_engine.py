@@ -58,6 +58,7 @@ class RemoteEngine(ServingEngine):
         ready = self._ready(self._process)
         self.base, self.embedding_size = ready.base, ready.embedding_size
         self._stats, self._heard_at = ready.stats, time.monotonic()
+        self._ended_at: float | None = None
         self._outgoing: SimpleQueue[ToEngine | None] = SimpleQueue()
         self._listener = threading.Thread(target=self._listen, name="engine-listener", daemon=True)
         self._writer = threading.Thread(target=self._write, name="engine-writer", daemon=True)
@@ -81,11 +82,20 @@ class RemoteEngine(ServingEngine):
             self._outgoing.put(Ask(request, None if grammar is None else grammar.order()))
 
     def abort(self, request_id: str) -> None:
-        self._open.pop(request_id, None)
+        if self._open.pop(request_id, None) is not None:
+            self._ended_at = time.monotonic()
         self._outgoing.put(Abort(request_id))
 
     def retire(self, digest: str) -> None:
         self._outgoing.put(Retire(digest))
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    @property
+    def last_ended_at(self) -> float | None:
+        return self._ended_at
 
     def stats(self) -> EngineStats:
         stats, silent_since = self._stats, self._heard_at
@@ -143,6 +153,8 @@ class RemoteEngine(ServingEngine):
 
     def _put(self, request_id: str, chunk: OutputChunk) -> None:
         ended = chunk.finish_reason is not None
+        if ended:
+            self._ended_at = time.monotonic()
         put = self._open.pop(request_id, None) if ended else self._open.get(request_id)
         if put is not None:
             put(chunk)

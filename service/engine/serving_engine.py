@@ -55,6 +55,17 @@ class ServingEngine(ABC):
     def stats(self) -> EngineStats:
         """The picture after one of the last steps; `busy_since` shows a step that hangs."""
 
+    @property
+    def num_open(self) -> int:
+        """Requests that came in here and have not ended: known at once, where `stats` may be late."""
+        stats = self.stats()
+        return stats.num_running + stats.num_waiting
+
+    @property
+    def last_ended_at(self) -> float | None:
+        """When the latest of them did, by `time.monotonic()`."""
+        return self.stats().last_step_at
+
     @abstractmethod
     def shutdown(self, drain_seconds: float) -> None:
         """Take nothing new, let running answers finish for `drain_seconds`, end the rest with an error.

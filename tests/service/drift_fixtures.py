@@ -123,6 +123,8 @@ class ProbedEngine:
 
     num_running: int = 0
     num_waiting: int = 0
+    num_open: int = 0
+    last_ended_at: float | None = None
     last_step_at: float | None = None
     refusal: EngineError | None = None
     fails: bool = False

@@ -87,6 +87,27 @@ def test_the_gap_before_somebody_asks_again_is_not_free() -> None:
     assert probed is not None and probed.is_free
 
 
+def test_who_came_after_the_latest_picture_of_the_engine_is_seen() -> None:
+    """A picture of an engine in its own process is late: a short request is over before it shows in one."""
+    engine, clock = ProbedEngine(), Clock()
+    one = prober(engine, clock)
+
+    def may_start() -> bool:
+        return one.may_start
+
+    engine.on_probe = lambda request: setattr(clock, "now", clock.now + 0.05)
+    clock.now = engine.last_step_at = 10.0
+    assert one.measure("acme", PROMPT) is not None, "which leaves a debt"
+    assert may_start(), "since then there was nobody"
+    engine.num_open = 1
+    assert not may_start()
+    clock.now += 0.1
+    engine.num_open, engine.last_ended_at = 0, clock.now
+    assert not may_start()
+    clock.now += 2 * QUIET_SECONDS
+    assert may_start()
+
+
 @pytest.mark.parametrize("known_seconds", [None, 0.02])
 def test_beside_others_probes_take_their_share_of_the_time_and_no_more(known_seconds: float | None) -> None:
     engine, clock, took = ProbedEngine(), Clock(), [0.0]

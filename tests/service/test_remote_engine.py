@@ -210,6 +210,16 @@ async def test_leaving_aborts_there(remote: Remote) -> None:
     await asyncio.to_thread(until, lambda: remote.engine.stats().num_running == 0)
 
 
+async def test_what_is_open_and_what_ended_is_known_at_once(remote: Remote) -> None:
+    begin = time.monotonic()
+    async with aclosing(remote.engine.generate(remote.request())) as chunks:
+        assert (await anext(chunks)).finish_reason is None and remote.engine.num_open == 1
+        while (await anext(chunks)).finish_reason is None:
+            pass
+        assert remote.engine.num_open == 0
+    assert begin < (remote.engine.last_ended_at or 0.0) <= time.monotonic()
+
+
 async def test_a_process_that_stands_still_shows_in_the_stats(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.engine.remote_engine.SILENCE_SECONDS", 1.5)
     assert remote.engine.stats().busy_since is None
