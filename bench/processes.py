@@ -23,6 +23,7 @@ from bench.serving import kv_bytes
 from bench.subject import Subject
 
 Process = subprocess.Popen[str]
+AS_INSTALLED = ("-c", "from service.cli import main; main()")
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,15 @@ def running_service(subject: Subject, plan: Plan) -> Iterator[Running]:
 
 @contextmanager
 def started_service(
-    subject: Subject, plan: Plan, data_dir: Path, options: Sequence[str], admin_key: str
+    subject: Subject,
+    plan: Plan,
+    data_dir: Path,
+    options: Sequence[str],
+    admin_key: str,
+    program: Sequence[str] = AS_INSTALLED,
 ) -> Iterator[tuple[str, str, int]]:
     """`rootstock serve` on the bench's checkpoint; its URLs, of the API and of operations, and its process."""
-    command = [sys.executable, "-c", "from service.cli import main; main()", "serve", "--port", "0"]
+    command = [sys.executable, *program, "serve", "--port", "0"]
     command += ["--ops-port", "0", "--base", str(subject.directory), "--base-name", "bench"]
     command += ["--data-dir", str(data_dir), "--log-level", "error", "--max-num-seqs", str(plan.num_rows)]
     command += ["--prefix-cache", "off", "--kv-cache-bytes", str(kv_bytes(subject.base, plan.num_rows)), *options]

@@ -1,13 +1,12 @@
-"""What the watch for drift costs a request: the same service twice, with it and without, answering the same prompts.
+"""What the watch for drift costs a request: one service that watches some answers and not others, to the same prompts.
 
-Both have one adapter with a reference; every prompt is a conversation of its own, so every prompt is measured. Clients
-ask again at once: what measuring leaves for the gaps between requests has no gaps to hide in but its own.
+Its adapter has a reference; every prompt is a conversation of its own, so every prompt is measured. Clients ask again
+at once: what measuring leaves for the gaps between requests has no gaps to hide in but its own.
 """
 
 from __future__ import annotations
 
 import random
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,7 @@ from adapters.drift.build import build_reference
 from adapters.drift.reference import DriftReference, write_reference
 from adapters.peft_format import write_adapter
 from bench.goals import goal
+from bench.half_watched import UNWATCHED
 from bench.measurement import Entry, interleave, quantity, ratio
 from bench.plan import Plan
 from bench.processes import Process, Running, chat_body, converse, running_clients, started_service
@@ -38,6 +38,7 @@ from service.tenants import Tenants
 from service.versions import AdapterVersion, insert_version
 
 MODEL = "ft:watched"
+HALF_WATCHED = ("-m", "bench.half_watched")
 NUM_REFERENCE = 200
 NUM_BASELINE = 200
 """Answers until the monitors of answers are calibrated; that happens once, before anything is timed."""
@@ -45,7 +46,8 @@ QUANTITIES = {"first token": "ms", "answer": "ms", "computing": "ms"}
 """Until they arrive; and what the service's processes compute meanwhile for each answer, which tells small costs that
 the clock does not: on a busy machine answers differ by a quarter."""
 PATIENCE_SECONDS = 300.0
-ARMS = {"watched": "--drift", "not watched": "--no-drift"}
+ARMS = {"watched": None, "not watched": UNWATCHED}
+"""The `user` of their requests."""
 
 
 def measure(subject: Subject, plan: Plan, tick: Callable[[str], None]) -> list[Entry]:
@@ -53,18 +55,16 @@ def measure(subject: Subject, plan: Plan, tick: Callable[[str], None]) -> list[E
     prompts = _prompts(random.Random(1))
     with ExitStack() as stack:
         clients = stack.enter_context(running_clients())
-        tick("making the reference and starting two services")
-        services = _services(subject, plan, stack, [next(prompts) for _ in range(NUM_REFERENCE)])
-        watched = services["watched"]
+        tick("making the reference and starting the service")
+        service = _service(subject, plan, stack, [next(prompts) for _ in range(NUM_REFERENCE)])
         for number in range(NUM_BASELINE if plan.watching_baseline else 1):
             tick(f"usual traffic {number}")
-            for service in services.values():
-                converse(clients, service, _bodies([next(prompts)], plan))
-        _wait(lambda: _is_settled(watched) and (not plan.watching_baseline or _is_calibrated(watched)))
-        before = _measured(watched)
+            converse(clients, service, _bodies([next(prompts)], plan, None))
+        _wait(lambda: _is_settled(service) and (not plan.watching_baseline or _is_calibrated(service)))
+        before = _measured(service)
         entries: list[Entry] = []
         for num_clients in (1, plan.watching_clients):
-            samples = _rounds(services, clients, prompts, num_clients, plan, tick)
+            samples = _rounds(service, clients, prompts, num_clients, plan, tick)
             beside = f", {num_clients} client{'s' if num_clients > 1 else ''}"
             for arm in ARMS:
                 entries += [quantity(f"{arm}{beside}.{what}", samples, unit) for what, unit in QUANTITIES.items()]
@@ -72,20 +72,20 @@ def measure(subject: Subject, plan: Plan, tick: Callable[[str], None]) -> list[E
                 name = f"{what} watched ÷ not{beside}"
                 of = (f"watched{beside}.{what}", f"not watched{beside}.{what}")
                 entries.append(ratio(name, samples, *of, goal(name, cuda=subject.is_cuda)))
-        measured, spent = (after - then for after, then in zip(_measured(watched), before, strict=True))
+        measured, spent = (after - then for after, then in zip(_measured(service), before, strict=True))
     per_prompt = {"a prompt.measuring": [spent / measured * 1e3]}
     return [*entries, quantity("a prompt.measuring", per_prompt, "ms")]
 
 
 def _rounds(
-    services: Mapping[str, Running],
+    service: Running,
     clients: Process,
     prompts: Iterator[str],
     num_clients: int,
     plan: Plan,
     tick: Callable[[str], None],
 ) -> Mapping[str, list[float]]:
-    """Within a round both services get the same prompts; neither begins before the watch has nothing left to do."""
+    """Within a round both arms get the same prompts; neither begins before the watch has nothing left to do."""
     asked: dict[int, list[list[str]]] = {}
 
     def variant(arm: str) -> Callable[[], Mapping[str, float]]:
@@ -95,10 +95,10 @@ def _rounds(
             batches = asked.setdefault(
                 next(turn), [[next(prompts) for _ in range(num_clients)] for _ in range(plan.watching_requests)]
             )
-            before = services[arm].cpu_seconds()
-            answers = [converse(clients, services[arm], _bodies(batch, plan)) for batch in batches]
-            computed = (services[arm].cpu_seconds() - before) / (len(batches) * num_clients)
-            _wait(lambda: _is_settled(services["watched"]))
+            before = service.cpu_seconds()
+            answers = [converse(clients, service, _bodies(batch, plan, ARMS[arm])) for batch in batches]
+            computed = (service.cpu_seconds() - before) / (len(batches) * num_clients)
+            _wait(lambda: _is_settled(service))
             first = fmean(fmean(answer["first_text_seconds"]) for answer in answers)
             whole = fmean(answer["seconds"] for answer in answers)
             return {"first token": first * 1e3, "answer": whole * 1e3, "computing": computed * 1e3}
@@ -110,18 +110,11 @@ def _rounds(
     return {name: list(values) for name, values in forth.items()}
 
 
-def _services(subject: Subject, plan: Plan, stack: ExitStack, prompts: list[str]) -> dict[str, Running]:
-    """Both from copies of one data directory."""
+def _service(subject: Subject, plan: Plan, stack: ExitStack, prompts: list[str]) -> Running:
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rootstock-bench-")))
-    key = _prepare(directory / "not watched", directory / "adapter", subject, _reference(subject, prompts))
-    shutil.copytree(directory / "not watched", directory / "watched")
-    found = {}
-    for arm, flag in ARMS.items():
-        started = stack.enter_context(
-            started_service(subject, plan, directory / arm, ["--no-training", flag], "bench" * 8)
-        )
-        found[arm] = Running(*started, key)
-    return found
+    key = _prepare(directory / "data", directory / "adapter", subject, _reference(subject, prompts))
+    started = started_service(subject, plan, directory / "data", ["--no-training"], "bench" * 8, HALF_WATCHED)
+    return Running(*stack.enter_context(started), key)
 
 
 def _reference(subject: Subject, prompts: list[str]) -> DriftReference:
@@ -159,8 +152,9 @@ def _prompts(rng: random.Random) -> Iterator[str]:
         yield " ".join("".join(rng.choices("abcdefgh", k=rng.randint(2, 7))) for _ in range(rng.randint(8, 12)))
 
 
-def _bodies(prompts: list[str], plan: Plan) -> list[dict[str, object]]:
-    return [chat_body(MODEL, prompt, plan.watching_tokens) for prompt in prompts]
+def _bodies(prompts: list[str], plan: Plan, user: str | None) -> list[dict[str, object]]:
+    named = {} if user is None else {"user": user}
+    return [chat_body(MODEL, prompt, plan.watching_tokens) | named for prompt in prompts]
 
 
 def _is_settled(service: Running) -> bool:
