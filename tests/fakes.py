@@ -99,6 +99,14 @@ class FakeEngine:
     busy_since: float | None = None
     last_step_at: float | None = field(default_factory=time.monotonic)
 
+    @property
+    def num_open(self) -> int:
+        return self.num_running
+
+    @property
+    def last_ended_at(self) -> float | None:
+        return self.last_step_at
+
     async def embed(self, request: GenerationRequest) -> NDArray[np.float32]:
         """The tokens themselves, repeated to `embedding_size`, at length one."""
         assert request.pooling and self.embedding_size is not None

@@ -113,6 +113,7 @@ def test_the_document_carries_the_numbers_of_the_newest_file() -> None:
     assert newest is None or not newest["quick"]
 
 
+@pytest.mark.slow
 def test_every_row_of_the_tiers_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiers, "LONG_ANSWER_TOKENS", 40)
     plan = replace(Plan.quick(cuda=False), sizes=MICRO, num_rows=32, tier_registered=40)

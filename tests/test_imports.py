@@ -29,6 +29,7 @@ def test_every_import_contract_is_kept() -> None:
         assert line.endswith("KEPT")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["service.engine.scheduler", "service.engine.sequence", "service.jobs"])
 def test_deciding_what_runs_next_loads_no_torch(module: str) -> None:
     """Also what a package's __init__ loads on the way, which the contracts cannot see."""
@@ -39,6 +40,7 @@ def test_watching_for_drift_loads_no_torch() -> None:
     assert loaded_beside("adapters.drift.monitor, adapters.drift.build", "torch", "transformers", "scipy") == []
 
 
+@pytest.mark.slow
 def test_adapters_load_no_web_framework_metrics_or_database() -> None:
     modules = "adapters.lora, adapters.store, adapters.trainer, adapters.evaluation, adapters.dataset, adapters.slots"
     assert loaded_beside(modules, "service", "fastapi", "starlette", "prometheus_client", "sqlalchemy") == []

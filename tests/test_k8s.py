@@ -211,6 +211,7 @@ def test_the_cpu_overlay_asks_for_no_gpu_and_uses_the_cpu_image() -> None:
     assert spec["containers"][0]["image"] == "rootstock:0.1.0"
 
 
+@pytest.mark.slow
 @needs_kubectl
 def test_with_the_component_of_traces_the_pod_knows_its_collector_and_may_reach_it(tmp_path: Path) -> None:
     copy = shutil.copytree(K8S, tmp_path / "k8s")

@@ -96,6 +96,7 @@ def test_the_lock_names_no_local_build_so_that_cpu_and_cuda_share_it() -> None:
     assert locked()["torch"] == "2.13.0"
 
 
+@pytest.mark.slow
 def test_the_console_script_is_there() -> None:
     assert project()["scripts"] == {"rootstock": "service.cli:main"}
     command = Path(sys.executable).with_name("rootstock")

@@ -77,6 +77,7 @@ def codes(report: DataReport) -> set[str]:
     return {found.code for found in report.findings}
 
 
+@pytest.mark.slow
 def test_clean_data_have_no_finding_at_all(codec: TemplateCodec) -> None:
     report = report_on(file_of(pairs(300)), file_of(pairs(60, seed=9)), base=Base(codec, 512))
     assert report.findings == ()

@@ -22,6 +22,7 @@ def _trainer(base: GraftedBase, codec: TemplateCodec, spec: LoraSpec = SPEC, **c
     return make_trainer(base, corpus(codec), corpus(codec, 6, seed=1), replace(CONFIG, **config), spec)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [{}, {"eval_every": 5}, {"eval_every": 7, "num_epochs": 2}, {"batch_size": 3, "max_steps": 11}, {"beta": 0.1}],
@@ -54,6 +55,7 @@ def test_packs_are_those_that_the_trainer_makes(
     assert {pack.num_tokens for pack in size.packs} == made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [{}, {"beta": 0.1}, {"recompute_layers": True}], ids=str)
 def test_a_calibrated_run_ends_with_the_same_bits(
     grafted: GraftedBase, codec: TemplateCodec, config: dict[str, Any]

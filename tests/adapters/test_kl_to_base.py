@@ -64,6 +64,7 @@ def test_an_adapter_that_does_nothing_yet_has_no_divergence(grafted: GraftedBase
     assert _trainer(grafted, codec).step().kl == pytest.approx(0.0, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_a_held_adapter_moves_the_prompts_less_and_learns_all_the_same(
     grafted: GraftedBase, codec: TemplateCodec
 ) -> None:

@@ -22,6 +22,7 @@ def test_tiles_are_runs_of_one_slot_and_leave_out_rows_without_an_adapter() -> N
     assert tiles_tensor([], CPU).shape == (3, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_every_row_gets_its_own_adapter_and_no_other(mix: str, dtype: torch.dtype, tolerance: float) -> None:
@@ -41,6 +42,7 @@ def test_features_cut_into_pieces_add_up() -> None:
     torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_has_the_same_bits_alone_and_in_any_crowd(dtype: torch.dtype) -> None:
     table, _ = random_table(600, [4, 20, 8, 16], dtype, CPU)

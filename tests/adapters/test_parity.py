@@ -41,6 +41,7 @@ def _compare(trainer: Trainer, model: Any, what: str) -> tuple[float, float]:
     return in_loss, in_weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "spec"),
     [

@@ -51,6 +51,7 @@ def _slow_pair(model: Any, reference: Any, trainer: Trainer, pair: int, beta: fl
     return margin
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # raised within PEFT
 def test_steps_are_those_of_a_plain_peft_loop_with_the_adapter_off_as_reference(
     grafted: GraftedBase, codec: TemplateCodec, tiny_llama_dir: Path, tmp_path: Path
@@ -92,6 +93,7 @@ def test_the_first_step_prefers_nothing_and_costs_a_coin_toss(grafted: GraftedBa
     assert first.margin == pytest.approx(0.0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_training_learns_the_preference(grafted: GraftedBase, codec: TemplateCodec) -> None:
     trainer = _trainer(grafted, codec)
     run(trainer, trainer.num_steps)
@@ -101,6 +103,7 @@ def test_training_learns_the_preference(grafted: GraftedBase, codec: TemplateCod
     assert score.margin is not None and score.margin > 0.5
 
 
+@pytest.mark.slow
 def test_a_run_that_continues_an_adapter_is_held_to_that_adapter(grafted: GraftedBase, codec: TemplateCodec) -> None:
     """The reference was the base: a continued run began with a margin that nobody had asked for."""
     parent = _trainer(grafted, codec)
@@ -133,6 +136,7 @@ def test_both_answers_of_a_pair_share_a_pack_whatever_its_size(grafted: GraftedB
     assert result.loss == pytest.approx(expected.loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_preference_run_is_the_same_run_to_the_last_bit(grafted: GraftedBase, codec: TemplateCodec) -> None:
     straight, first_half = (_trainer(grafted, codec) for _ in range(2))
     run(straight, 7)

@@ -79,6 +79,7 @@ def test_too_low_too_high_and_right_are_told_apart(grafted: GraftedBase, codec: 
     assert _through(too_high).result().chosen == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_an_interrupted_probe_chooses_the_very_same(grafted: GraftedBase, codec: TemplateCodec) -> None:
     straight = _through(_probe(grafted, codec)[0]).result()
     probe, _ = _probe(grafted, codec)
@@ -88,6 +89,7 @@ def test_an_interrupted_probe_chooses_the_very_same(grafted: GraftedBase, codec:
     assert _through(probe).result() == straight
 
 
+@pytest.mark.slow
 def test_a_probe_interrupted_in_an_evaluation_makes_up_for_it(grafted: GraftedBase, codec: TemplateCodec) -> None:
     straight = _through(_probe(grafted, codec)[0]).result()
     probe, runs = _probe(grafted, codec)
@@ -121,6 +123,7 @@ def test_a_non_finite_run_of_the_probe_is_a_loss_and_no_failure(grafted: Grafted
     assert probe.losses == [float("inf")] * 3
 
 
+@pytest.mark.slow
 def test_the_reference_of_pairs_is_taken_once_for_all_rates(grafted: GraftedBase, codec: TemplateCodec) -> None:
     probe, runs = _probe(grafted, codec, replace(MIDDLE, beta=0.1))
     _through(probe)

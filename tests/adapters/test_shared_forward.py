@@ -85,6 +85,7 @@ def _bits_alone(make: Make) -> list[list[bytes]]:
     return [bits(trainer) for trainer in trainers]
 
 
+@pytest.mark.slow
 def test_every_run_in_company_learns_the_very_bits_that_it_learns_alone(
     bfloat16_base: BaseModel, codec: TemplateCodec
 ) -> None:
@@ -97,6 +98,7 @@ def test_every_run_in_company_learns_the_very_bits_that_it_learns_alone(
     assert len({tuple(bits(trainer)) for trainer in trainers}) == len(trainers)
 
 
+@pytest.mark.slow
 def test_on_a_float32_base_runs_only_take_turns_and_keep_their_bits_too(
     grafted: GraftedBase, codec: TemplateCodec
 ) -> None:
@@ -111,6 +113,7 @@ def test_on_a_float32_base_runs_only_take_turns_and_keep_their_bits_too(
     assert [bits(trainer) for trainer in trainers] == _bits_alone(make)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_between_forward_and_backward_holds_nobody_up(base: BaseModel, codec: TemplateCodec) -> None:
     make = _alike(base, codec)
     witness = Witness(SharedForward(base.model, CPU))
@@ -146,6 +149,7 @@ def test_a_run_that_fails_between_forward_and_backward_holds_nobody_up(base: Bas
     assert all(master.grad is None for master in failing.adapter.parameters())
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_in_company_costs_the_company_and_no_run_its_packs(
     base: BaseModel, codec: TemplateCodec
 ) -> None:
@@ -166,6 +170,7 @@ def test_memory_that_runs_out_in_company_costs_the_company_and_no_run_its_packs(
     assert incidents and all(incident.endswith(": it is done again alone.") for incident in incidents)
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_in_the_joint_backward_leaves_no_half_a_gradient(
     base: BaseModel, codec: TemplateCodec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +235,7 @@ def test_a_run_that_is_stopped_between_packs_resumes_in_company_to_the_same_bits
     assert bits(fresh[0]) == _bits_alone(make)[0]
 
 
+@pytest.mark.slow
 def test_a_large_run_gets_no_more_tokens_than_a_small_one(base: BaseModel, codec: TemplateCodec) -> None:
     """Beside a run with packs of many tokens, one with few steps much more often."""
     shared = SharedForward(base.model, CPU)

@@ -95,6 +95,7 @@ def _plain_peft_losses(base_dir: Path, adapter_dir: Path, trainer: Trainer, num_
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # raised within PEFT
 @pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "down_proj", "lm_head")])
 def test_losses_are_those_of_plain_peft_and_adamw(
@@ -108,6 +109,7 @@ def test_losses_are_those_of_plain_peft_and_adamw(
     assert ours[-1] < ours[0] - 0.5
 
 
+@pytest.mark.slow
 def test_five_steps_a_kill_and_five_more_are_ten_steps_bit_for_bit(grafted: GraftedBase, codec: TemplateCodec) -> None:
     straight = _trainer(grafted, codec)
     _run(straight, 10)
@@ -128,6 +130,7 @@ def test_five_steps_a_kill_and_five_more_are_ten_steps_bit_for_bit(grafted: Graf
         assert torch.equal(pair.b, resumed.best_weights().modules[name].b)
 
 
+@pytest.mark.slow
 def test_a_run_with_dropout_resumes_bit_for_bit_whatever_others_draw(
     grafted: GraftedBase, codec: TemplateCodec
 ) -> None:
@@ -198,6 +201,7 @@ def test_training_changes_no_bit_of_the_base_and_switches_nothing(grafted: Graft
     assert not any(p.requires_grad or p.grad is not None for p in grafted.model.parameters())
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_due_on_its_steps_and_at_the_end_of_every_epoch(
     grafted: GraftedBase, codec: TemplateCodec
 ) -> None:
@@ -207,6 +211,7 @@ def test_an_evaluation_is_due_on_its_steps_and_at_the_end_of_every_epoch(
     assert trainer.done
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_those_of_the_lowest_validation_loss(grafted: GraftedBase, codec: TemplateCodec) -> None:
     trainer = _trainer(grafted, codec, replace(CONFIG, learning_rate=0.2, num_epochs=8))  # unstable on purpose
     snapshots = {}

@@ -68,6 +68,7 @@ def _read_lines(content: bytes) -> None:
         assert str(error).encode()
 
 
+@pytest.mark.slow
 @settings(max_examples=FEW, deadline=None, derandomize=True)
 @given(_FILE)
 def test_a_training_file_of_any_bytes_is_read_or_complained_about(content: bytes) -> None:

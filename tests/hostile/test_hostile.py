@@ -18,6 +18,7 @@ CORPUS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CORPUS)
 def test_a_hostile_request_is_refused_and_leaves_nothing(
     case: Case, target: Target, caplog: pytest.LogCaptureFixture

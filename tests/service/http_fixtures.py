@@ -225,16 +225,46 @@ def serve_fake(directory: Path, monitors: Monitors | None = None, **settings: ob
         )
 
 
+class PromptServer(uvicorn.Server):
+    """Ends when it is told and every request has ended, where the original looks ten times a second."""
+
+    END_SECONDS = 5.0
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._told = threading.Event()
+        self._end: Callable[[], object] = self._told.set
+
+    def end(self) -> None:
+        """From another thread."""
+        self._told.set()
+        self._end()
+
+    async def main_loop(self) -> None:
+        await self.on_tick(0)
+        told, loop = asyncio.Event(), asyncio.get_running_loop()
+        self._end = lambda: loop.call_soon_threadsafe(told.set)
+        if not self._told.is_set():
+            await told.wait()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        for sock in sockets or []:
+            sock.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        if self.server_state.tasks:
+            _, unfinished = await asyncio.wait(self.server_state.tasks, timeout=self.END_SECONDS)
+            for task in unfinished:
+                task.cancel()
+
+
 @contextmanager
 def serve_apps(*apps: ASGIApp) -> Iterator[list[str]]:
     """Each app on a free port of its own, all on one event loop in a thread; their urls."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in apps]
-    servers = [
-        uvicorn.Server(
-            uvicorn.Config(app, http=BoundedHttp, log_config=None, lifespan="off", timeout_graceful_shutdown=5)
-        )
-        for app in apps
-    ]
+    servers = [PromptServer(uvicorn.Config(app, http=BoundedHttp, log_config=None, lifespan="off")) for app in apps]
 
     async def run() -> None:
         await asyncio.gather(*(server.serve([sock]) for server, sock in zip(servers, sockets, strict=True)))
@@ -245,6 +275,6 @@ def serve_apps(*apps: ASGIApp) -> Iterator[list[str]]:
         yield [f"http://127.0.0.1:{sock.getsockname()[1]}" for sock in sockets]
     finally:
         for server in servers:
-            server.should_exit = True
+            server.end()
         thread.join(30)
         assert not thread.is_alive(), "a request was never finished"

@@ -90,6 +90,7 @@ def test_a_base_that_is_not_there_stops_start_up_with_a_message(tmp_path: Path) 
     assert "Traceback" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_taken_port_stops_start_up_before_the_base_is_loaded(tmp_path: Path) -> None:
     with create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

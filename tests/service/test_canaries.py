@@ -54,6 +54,7 @@ def observe(traffic: TrafficLog, experiment: Experiment, arm: Arm, measure: Meas
         traffic.observed(experiment.tenant_id, experiment.id, {(arm, measure): value})
 
 
+@pytest.mark.slow
 def test_a_share_of_the_users_gets_the_canary_and_every_user_stays_on_one_side(
     control: Control, canaries: Canaries, models: tuple[str, str]
 ) -> None:

@@ -124,6 +124,7 @@ def test_captures_go_with_their_tenant(practice: Practice) -> None:
         assert connection.execute(sa.select(sa.func.count()).select_from(captures)).scalar() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", ["all", "user", "days"])
 def test_what_was_made_of_captures_is_forgotten_with_them(practice: Practice, cut: str) -> None:
     """Files, excerpts in reports and events, the job that learns from them."""

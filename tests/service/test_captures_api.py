@@ -126,6 +126,7 @@ def test_settings_change_one_by_one_and_wrong_ones_are_named(served: Served) -> 
     assert http.get("/v1/settings").json() == body
 
 
+@pytest.mark.slow
 def test_quality_is_shown_for_each_version_and_as_a_gauge(served: Served) -> None:
     http = served.http()
     assert http.get("/v1/quality").json()["data"] == []

@@ -67,6 +67,7 @@ def test_tune_waits_shows_the_loss_and_prints_the_new_models_id(served: Served, 
     assert lines.index("step 1 of 2, loss 1.500") < lines.index("careful")
 
 
+@pytest.mark.slow
 def test_a_failed_job_is_an_exit_status_and_a_reason(served: Served, run: Run, examples: Path) -> None:
     worker = threading.Thread(target=_work, args=(served, False))
     worker.start()
@@ -137,6 +138,7 @@ def test_serve_has_an_option_for_every_setting_but_the_secret_one() -> None:
     assert "--admin-key" not in shown
 
 
+@pytest.mark.slow
 def test_client_commands_do_not_load_the_machinery_of_the_service() -> None:
     code = (
         "import sys, service.cli; heavy = {'torch', 'transformers', 'fastapi', 'sqlalchemy', 'openai'};"
@@ -167,6 +169,7 @@ def _work(served: Served, succeeds: bool) -> None:
     served.control.finish(claim)
 
 
+@pytest.mark.slow
 def test_proposals_to_retrain_are_listed_approved_and_dismissed(served: Served, run: Run) -> None:
     served.control.publish(alias="best")
     http = served.http()

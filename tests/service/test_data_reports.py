@@ -40,6 +40,7 @@ def _report(served: Served, file_id: str, body: object = None, key: str | None =
     return served.http(key).post(f"/v1/files/{file_id}/report", json=body)
 
 
+@pytest.mark.slow
 def test_a_file_is_reported_on_alone_and_with_a_validation_file(served: Served) -> None:
     train, valid = _upload(served, _lines(30, f"my key is {KEY}")), _upload(served, _lines(25))
     alone = _report(served, train)
@@ -60,6 +61,7 @@ def test_a_file_is_reported_on_alone_and_with_a_validation_file(served: Served) 
     assert both["id"] != body["id"]
 
 
+@pytest.mark.slow
 def test_the_same_content_is_answered_from_memory_but_not_to_another_tenant(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +99,7 @@ def test_strict_is_kept_with_the_job_and_shown(served: Served) -> None:
     assert created.model_extra is not None and created.model_extra["strict"] is True
 
 
+@pytest.mark.slow
 def test_a_report_that_takes_too_long_ends_and_says_so(control: Control) -> None:
     reports = DataReports(control.files, FakeBase(), limit_seconds=0.0)
     with pytest.raises(DeadlineExceededError, match="report on a part"):
@@ -126,6 +129,7 @@ def _stored(control: Control, count: int) -> File:
     return control.files.create(control.acme.id, "train.jsonl", FilePurpose.FINE_TUNE, [_lines(count)])
 
 
+@pytest.mark.slow
 def test_the_command_shows_a_table_and_fails_on_errors(tmp_path: Path) -> None:
     dirty, clean = tmp_path / "dirty.jsonl", tmp_path / "clean.jsonl"
     dirty.write_bytes(_lines(30, f"my key is {KEY}"))

@@ -147,6 +147,7 @@ def test_nothing_is_saved_up_for_a_burst() -> None:
     assert budget.debt_seconds == pytest.approx(0.02 - MAX_STEP_SECONDS * 0.01)
 
 
+@pytest.mark.slow
 def test_bursts_of_requests_meet_no_more_probes_than_steady_ones() -> None:
     engine, clock, num_beside = ProbedEngine(), Clock(), 0
     one = prober(engine, clock)

@@ -130,6 +130,7 @@ def test_a_tenant_whose_traffic_shifts_drifts_and_one_whose_does_not_stays_ok(se
     assert f'rootstock_drift_state{{signal="prompt_embedding",state="ok",tenant="{control.zenith.id}"}} 1.0' in scrape
 
 
+@pytest.mark.slow
 def test_a_baseline_of_answers_is_calibrated_in_a_child_to_what_it_would_be_here() -> None:
     rng = np.random.default_rng(2)
     monitor = OutputMonitor(500.0, 3)

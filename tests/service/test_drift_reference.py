@@ -285,6 +285,7 @@ def test_only_first_turns_are_probed_each_once_behind_everybody_and_without_an_a
     assert all(request.priority < 0 for request in engine.requests)
 
 
+@pytest.mark.slow
 def test_prompts_are_chosen_by_seed_and_bounded_in_number(
     tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -304,6 +304,7 @@ def test_a_flood_is_dropped_and_counted_and_never_waited_for(light: Control, ope
     assert one.observer.ended.total() == 1000 - MAX_WAITING_OF_A_STREAM, "another's flood is not theirs"
 
 
+@pytest.mark.slow
 def test_while_others_are_served_prompts_wait_and_answers_are_watched(light: Control, opened: Opens) -> None:
     engine = ProbedEngine(num_running=5, on_probe=lambda request: time.sleep(0.05))
     one = opened(engine=engine)

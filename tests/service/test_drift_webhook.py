@@ -116,6 +116,7 @@ def test_a_receiver_that_fails_for_a_while_gets_it_in_the_end_and_the_order_stay
     assert [json.loads(body)["signal"] for _, body in receiver.heard] == ["refusal"] * 3 + ["answer_nll"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [500, 302])
 def test_a_receiver_that_never_takes_it_is_given_up_and_redirects_are_not_followed(
     receiver: Receiver, status: int
@@ -127,6 +128,7 @@ def test_a_receiver_that_never_takes_it_is_given_up_and_redirects_are_not_follow
     assert len(receiver.heard) == MAX_ATTEMPTS
 
 
+@pytest.mark.slow
 def test_nobody_there_is_a_failure_and_not_a_crash() -> None:
     structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
     with Hook("http://127.0.0.1:9/") as hook:

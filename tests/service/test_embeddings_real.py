@@ -39,6 +39,7 @@ def test_an_adapter_changes_the_embedding(real_service: RealService) -> None:
     assert not np.allclose(base, tuned, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_request_with_512_inputs_does_not_starve_chat(real_service: RealService) -> None:
     client, done = real_service.client(), threading.Event()
 

@@ -103,6 +103,7 @@ def test_without_a_key_with_a_wrong_one_and_with_the_admins_key_nothing_is_serve
         )
 
 
+@pytest.mark.slow
 def test_every_route_of_the_api_asks_for_a_key(shared_service: Served) -> None:
     assert len(shared_service.operations) > 15
     with httpx.Client(base_url=shared_service.url) as stranger:

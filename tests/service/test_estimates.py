@@ -85,6 +85,7 @@ def test_a_tenant_has_one_estimate_made_at_a_time(workshop: Workshop) -> None:
     assert estimates.make(control.acme.id, spec).estimate.steps > 0
 
 
+@pytest.mark.slow
 def test_a_job_tells_its_estimate_and_compares_it_with_the_truth(workshop: Workshop) -> None:
     job = workshop.submit()
     estimates = Estimates(workshop.control.files, workshop.store, workshop.control.jobs, workshop.base, max_rank=64)

@@ -182,6 +182,7 @@ for number in range(1_000_000):
 """
 
 
+@pytest.mark.slow
 def test_after_kill_9_whatever_was_acknowledged_is_there_and_whole(database_url: str, tmp_path: Path) -> None:
     storage = str(tmp_path / "storage")
     command = [sys.executable, "-c", WRITER, database_url, storage]

@@ -292,6 +292,7 @@ def test_a_plain_http_client_that_repeats_itself_at_once_makes_one_job(served: S
     assert answers[0] == answers[1]
 
 
+@pytest.mark.slow
 def test_jobs_are_listed_in_pages_and_by_metadata(served: Served) -> None:
     made = [_create(served, metadata={"team": team} if team else None).id for team in ("a", "b", "", "a", "a")]
     jobs = served.client().fine_tuning.jobs

@@ -21,6 +21,7 @@ def _gate_of_a_job(served: Served, **fields: Any) -> dict[str, Any]:
     return gate
 
 
+@pytest.mark.slow
 def test_without_a_policy_of_its_own_a_tenant_has_the_default(served: Served) -> None:
     assert served.http().get(POLICY).json() == {"object": "gate_policy", **GatePolicy().as_dict()}
 

@@ -17,6 +17,7 @@ from tests.service.test_chat import MESSAGES
 ASK = {"model": "tiny", "messages": MESSAGES}
 
 
+@pytest.mark.slow
 def test_an_inference_key_answers_questions_and_opens_nothing_else(shared_service: Served) -> None:
     made = shared_service.http().post("/v1/keys", json={"role": "inference", "name": "app"}).raise_for_status().json()
     assert (made["role"], made["name"], made["expires_at"]) == ("inference", "app", None)
@@ -87,6 +88,7 @@ def test_wrong_keys_are_told_by_their_field(shared_service: Served) -> None:
         assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
+@pytest.mark.slow
 def test_every_administrative_act_is_on_record_without_secrets(served: Served) -> None:
     admin, acme = served.admin(), served.control.acme.id
     base = f"/v1/admin/tenants/{acme}"

@@ -79,6 +79,7 @@ def test_a_4_bit_base_answers_differently_once_merged_and_the_report_says_how_mu
     assert 0 < report.update_error < 0.2
 
 
+@pytest.mark.slow
 def test_tied_embeddings_stay_tied_unless_the_head_has_learned(tmp_path: Path) -> None:
     base = load_base_model(str(BUNDLED_BASE), quantization="none", device="cpu", dtype=torch.float32)
     for name, targets, tied in (("body", "all-linear", True), ("head", ("lm_head", "q_proj"), False)):

@@ -69,6 +69,7 @@ def test_another_tenants_model_is_a_404(served: Served) -> None:
     assert served.http(served.control.zenith_key).get("/v1/adapters").json()["data"] == []
 
 
+@pytest.mark.slow
 def test_adapters_show_digest_job_metrics_and_aliases(served: Served) -> None:
     first = served.control.publish(digest="a" * 64)
     model = served.control.publish(alias="best", digest="b" * 64)

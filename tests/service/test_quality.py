@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import sqlalchemy as sa
 
 from service.quality import Measure, Quality, VersionQuality
@@ -74,6 +75,7 @@ def test_a_tenants_accuracy_is_unknown_until_enough_is_judged(practice: Practice
     assert quality.accuracies() == {}, "nothing was judged in the last days"
 
 
+@pytest.mark.slow
 def test_a_fall_is_told_once_with_its_reason_and_outlives_the_feedback(practice: Practice) -> None:
     for _ in range(100):
         practice.judge(practice.answer(), label="a medlar")

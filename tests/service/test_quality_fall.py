@@ -36,6 +36,7 @@ def when_called(values: list[float], alpha: float) -> int | None:
     return None
 
 
+@pytest.mark.slow
 def test_without_a_fall_it_is_called_as_rarely_as_promised() -> None:
     """At alpha 0.2, so that the promise is not kept by doing nothing: of 300 versions, at most 60 and some chance."""
     rng = random.Random(5)

@@ -56,6 +56,7 @@ def _again(workshop: Workshop, model: str, **options: Any) -> Reproduction:
     return reproducer.run(workshop.base)
 
 
+@pytest.mark.slow
 def test_the_same_data_recipe_and_seed_give_the_same_digest_and_write_nothing(workshop: Workshop) -> None:
     model = _trained(workshop, validation_file=workshop.upload(medlars(3)), alias="best")
     before = workshop.store.digests(), workshop.control.jobs.list(workshop.control.acme.id).items
@@ -101,6 +102,7 @@ def test_a_deleted_file_is_named_and_a_copy_does_in_its_place(workshop: Workshop
         _again(workshop, model, given={"training_file": copy})
 
 
+@pytest.mark.slow
 def test_a_file_that_was_changed_on_disk_is_noticed(workshop: Workshop) -> None:
     model = _trained(workshop)
     note = find_version_anywhere(workshop.control.database, model).provenance
@@ -124,6 +126,7 @@ def test_another_seed_would_give_another_digest_and_is_told(workshop: Workshop) 
     assert result.differences == (f"torch was 1.0, is {torch.__version__}",)
 
 
+@pytest.mark.slow
 def test_another_base_is_refused(workshop: Workshop) -> None:
     reproducer = _reproducer(workshop, _trained(workshop))
     with pytest.raises(ReproductionError, match="fingerprint"):

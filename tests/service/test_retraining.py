@@ -55,6 +55,7 @@ def num_jobs(practice: Practice) -> int:
     return len(practice.control.jobs.list(practice.tenant, limit=100).items)
 
 
+@pytest.mark.slow
 def test_drift_leads_to_a_proposal_with_files_report_and_estimate(practice: Practice) -> None:
     practice.consent()
     model = practice.publish()
@@ -114,6 +115,7 @@ def test_many_triggers_at_once_open_one_proposal(practice: Practice) -> None:
     assert len(practice.proposals()) == 1
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_said_and_the_proposal_goes_on_when_it_has_come(practice: Practice) -> None:
     model = practice.publish()
     practice.drift(model)
@@ -139,6 +141,7 @@ def test_what_is_missing_is_said_and_the_proposal_goes_on_when_it_has_come(pract
     assert state(practice) is ProposalState.PROPOSED and len(practice.proposals()) == 1
 
 
+@pytest.mark.slow
 def test_falling_quality_leads_to_a_proposal_once(practice: Practice) -> None:
     practice.consent()
     model = practice.publish()
@@ -154,6 +157,7 @@ def test_falling_quality_leads_to_a_proposal_once(practice: Practice) -> None:
     assert [p.state for p in practice.proposals()] == [ProposalState.DISMISSED]
 
 
+@pytest.mark.slow
 def test_the_job_goes_on_from_the_model_and_follows_its_alias(practice: Practice) -> None:
     proposal_id = proposed(practice)
     started = practice.retraining.approve(practice.tenant, proposal_id)
@@ -173,6 +177,7 @@ def test_the_job_goes_on_from_the_model_and_follows_its_alias(practice: Practice
     assert practice.control.registry.version(practice.tenant, "best").digest == "e" * 64
 
 
+@pytest.mark.slow
 def test_the_next_retraining_wants_new_corrections_and_takes_the_first_files_along(practice: Practice) -> None:
     """The original is what a person uploaded, however many retrainings lie between."""
     practice.retraining.approve(practice.tenant, proposed(practice))
@@ -191,6 +196,7 @@ def test_the_next_retraining_wants_new_corrections_and_takes_the_first_files_alo
     assert all(row in practice.rows(again.validation_file) for row in held), "what was held out is never learned"
 
 
+@pytest.mark.slow
 def test_a_correction_replaces_an_original_example_and_older_ones_of_the_same_prompt(practice: Practice) -> None:
     practice.consent()
     practice.publish(alias="best")
@@ -220,6 +226,7 @@ def test_without_the_original_only_fresh_examples_are_learned(practice: Practice
     assert "old" not in str(practice.rows(practice.proposal.training_file))
 
 
+@pytest.mark.slow
 def test_an_original_that_was_deleted_is_left_out(practice: Practice) -> None:
     practice.consent()
     practice.publish()
@@ -232,6 +239,7 @@ def test_an_original_that_was_deleted_is_left_out(practice: Practice) -> None:
     assert practice.proposal.counts is not None and practice.proposal.counts["original"] == 0
 
 
+@pytest.mark.slow
 def test_never_two_at_a_time(practice: Practice) -> None:
     practice.retraining.approve(practice.tenant, proposed(practice))
     practice.drift("best")
@@ -259,6 +267,7 @@ def test_approved_by_many_at_once_there_is_one_job(practice: Practice) -> None:
     assert num_jobs(practice) == 2 and len({o for o in outcomes if o != "conflict"}) == 1
 
 
+@pytest.mark.slow
 def test_auto_starts_at_once_then_waits_for_the_cooldown(practice: Practice) -> None:
     control = practice.control
     practice.consent(retraining=RetrainingPolicy.AUTO)
@@ -311,6 +320,7 @@ def test_a_wish_without_capture_or_model_is_refused(practice: Practice) -> None:
         practice.retraining.request(practice.control.zenith.id, "best", RetrainingOptions())
 
 
+@pytest.mark.slow
 def test_dismissed_it_ends_and_its_files_go(practice: Practice) -> None:
     proposal_id = proposed(practice)
     files = practice.proposal.training_file
@@ -431,6 +441,7 @@ def test_two_services_on_one_database_make_one_proposal(practice: Practice) -> N
     assert made_files(practice) == BOTH, "nothing of those who came second is left"
 
 
+@pytest.mark.slow
 def test_texts_forgotten_while_they_are_collected_are_not_published(
     practice: Practice, monkeypatch: pytest.MonkeyPatch
 ) -> None:

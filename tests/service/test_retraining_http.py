@@ -142,6 +142,7 @@ def test_what_users_corrected_is_learned_and_what_was_known_is_not_forgotten(sch
     assert school.ask("tree 777?", first.id)[1] == "a medlar"
 
 
+@pytest.mark.slow
 def test_wishes_decisions_and_mistakes_over_http(served: Served) -> None:
     http, other = served.http(), served.http(served.control.zenith_key)
     model = served.control.publish(alias="best")

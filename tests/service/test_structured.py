@@ -52,6 +52,7 @@ class Pet(BaseModel):
     pet: Cat | Dog
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [Part, Box, Pet])
 @pytest.mark.parametrize("tuned", [False, True])
 def test_the_official_client_parses_every_answer_into_its_model(
@@ -69,6 +70,7 @@ def test_the_official_client_parses_every_answer_into_its_model(
         assert choice.finish_reason == "stop" and isinstance(choice.message.parsed, shape)
 
 
+@pytest.mark.slow
 def test_a_streamed_answer_adds_up_to_the_same_form(real_service: RealService) -> None:
     with real_service.client().chat.completions.stream(
         model="tiny", messages=MESSAGES, response_format=Box, seed=2, max_tokens=300
@@ -77,6 +79,7 @@ def test_a_streamed_answer_adds_up_to_the_same_form(real_service: RealService) -
     assert isinstance(final.choices[0].message.parsed, Box)
 
 
+@pytest.mark.slow
 def test_a_json_object_is_one(real_service: RealService) -> None:
     client, complete = real_service.client(), 0
     for seed in range(6):
@@ -117,6 +120,7 @@ def test_vllms_structured_outputs_hold_on_both_endpoints(
         assert re.fullmatch(pattern, text or ""), text
 
 
+@pytest.mark.slow
 def test_free_answers_are_the_same_with_and_without_structured_neighbours(real_service: RealService) -> None:
     client = real_service.client()
 

@@ -100,6 +100,7 @@ def checked(name: str, arguments: str) -> BaseModel:
     return SHAPES[name].model_validate_json(arguments, strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuned", [False, True])
 def test_a_call_that_must_come_always_parses(tuned: bool, service: RealService) -> None:
     model = service.tuned if tuned else "tiny"
@@ -113,6 +114,7 @@ def test_a_call_that_must_come_always_parses(tuned: bool, service: RealService) 
         assert checked(call.function.name, call.function.arguments)
 
 
+@pytest.mark.slow
 def test_several_calls_may_come_and_each_parses(service: RealService) -> None:
     counts = []
     for seed in range(2):
@@ -126,6 +128,7 @@ def test_several_calls_may_come_and_each_parses(service: RealService) -> None:
     assert max(counts) >= 1
 
 
+@pytest.mark.slow
 def test_a_named_function_is_the_one_that_is_called(service: RealService) -> None:
     for seed in range(2):
         answer = service.client().chat.completions.create(
@@ -141,6 +144,7 @@ def test_a_named_function_is_the_one_that_is_called(service: RealService) -> Non
         assert checked("Add", call.function.arguments)
 
 
+@pytest.mark.slow
 def test_the_official_client_parses_arguments_into_their_models(service: RealService) -> None:
     answer = service.client().chat.completions.parse(
         model="tiny", messages=MESSAGES, seed=1, parallel_tool_calls=False, **REQUIRED
@@ -149,6 +153,7 @@ def test_the_official_client_parses_arguments_into_their_models(service: RealSer
     assert isinstance(call.function.parsed_arguments, Weather | Add)
 
 
+@pytest.mark.slow
 def test_a_streamed_call_begins_with_its_name_and_goes_on_with_its_arguments(service: RealService) -> None:
     stream = service.client().chat.completions.create(
         model="tiny", messages=MESSAGES, seed=1, parallel_tool_calls=False, stream=True, **REQUIRED
@@ -164,6 +169,7 @@ def test_a_streamed_call_begins_with_its_name_and_goes_on_with_its_arguments(ser
     assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["tool_calls"]
 
 
+@pytest.mark.slow
 def test_a_stream_adds_up_to_the_answer_that_is_there_at_once(service: RealService) -> None:
     same: Any = {"model": "tiny", "messages": MESSAGES, "seed": 5, "parallel_tool_calls": False, **REQUIRED}
     at_once = service.client().chat.completions.create(**same).choices[0]
@@ -206,6 +212,7 @@ def test_a_free_answer_stays_free_where_tools_may_be_called(service: RealService
     assert none.usage == plain.usage, "where nothing may be called, nothing is told of tools"
 
 
+@pytest.mark.slow
 def test_json_or_a_call_where_both_may_come(service: RealService) -> None:
     seen = set()
     for seed in range(8):
@@ -260,6 +267,7 @@ def tagged(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rea
         yield running
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_call_that_may_come_parses_when_it_comes(stream: bool, tagged: RealService) -> None:
     begin = tagged.base.tokenizer.convert_tokens_to_ids("<tool_call>")
@@ -284,6 +292,7 @@ def test_a_call_that_may_come_parses_when_it_comes(stream: bool, tagged: RealSer
         assert checked(call.function.name, call.function.arguments)
 
 
+@pytest.mark.slow
 def test_tags_that_are_tokens_bind_required_calls_too(tagged: RealService) -> None:
     answer = tagged.client().chat.completions.create(model="tiny", messages=MESSAGES, n=2, seed=3, **REQUIRED)
     for choice in answer.choices:

@@ -175,6 +175,7 @@ def test_a_caller_that_does_not_sample_gets_a_trace_id_and_no_spans(traced: Trac
     assert [span.name for span in traced.spans()] == ["GET /v1/files"]
 
 
+@pytest.mark.slow
 def test_without_an_endpoint_no_library_is_loaded_and_the_trace_id_is_still_told(real_service: RealService) -> None:
     response = real_service.http().get("/v1/models", headers=SAMPLED)
     assert response.headers["x-trace-id"] == TRACE
@@ -285,6 +286,7 @@ def test_an_untraced_run_costs_nothing_and_tells_nothing(claim: Claim) -> None:
     assert trace.log_ids == {}
 
 
+@pytest.mark.slow
 def test_closing_does_not_wait_for_a_collector_that_is_away(claim: Claim) -> None:
     traces = Traces.exported_to("http://127.0.0.1:9/v1/traces", "api")
     traces.job(claim).ended("succeeded", failed=False)

@@ -264,6 +264,7 @@ def test_holding_training_back_changes_no_bit_of_the_adapter(workshop: Workshop)
     assert paced.slept > 0
 
 
+@pytest.mark.slow
 def test_while_the_engine_is_idle_an_impossible_target_costs_training_nothing(workshop: Workshop) -> None:
     paced = Paced(workshop, PaceLimits(1e-6))
     job = workshop.submit(hyperparameters=LONG)

@@ -57,6 +57,7 @@ def _straight(workshop: Workshop, job: Job) -> str:
     return workshop.digest(twin)
 
 
+@pytest.mark.slow
 def test_a_job_is_trained_evaluated_published_and_served(workshop: Workshop) -> None:
     before = workshop.base.parameter_hash()
     job = workshop.submit(suffix="fruit", hyperparameters=replace(QUICK, n_epochs=6))
@@ -70,6 +71,7 @@ def test_a_job_is_trained_evaluated_published_and_served(workshop: Workshop) -> 
     assert done.trained_tokens == workshop.tally.num_tokens > 0
 
 
+@pytest.mark.slow
 def test_events_tell_the_story_in_openais_words(workshop: Workshop) -> None:
     job = workshop.submit()
     assert _run(workshop) is Outcome.SUCCEEDED
@@ -91,6 +93,7 @@ def test_events_tell_the_story_in_openais_words(workshop: Workshop) -> None:
     assert found == sorted(found)
 
 
+@pytest.mark.slow
 def test_metrics_events_carry_openais_names(workshop: Workshop) -> None:
     job = workshop.submit()
     _run(workshop)
@@ -111,6 +114,7 @@ def test_metrics_events_carry_openais_names(workshop: Workshop) -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_result_file_is_openais_table_with_a_row_per_step(workshop: Workshop) -> None:
     job = workshop.submit()
     _run(workshop)
@@ -125,6 +129,7 @@ def test_the_result_file_is_openais_table_with_a_row_per_step(workshop: Workshop
     assert float(rows[-1]["valid_loss"]) > 0
 
 
+@pytest.mark.slow
 def test_every_epoch_leaves_a_checkpoint_that_can_be_served(workshop: Workshop) -> None:
     job = workshop.submit()
     _run(workshop)
@@ -137,6 +142,7 @@ def test_every_epoch_leaves_a_checkpoint_that_can_be_served(workshop: Workshop) 
     workshop.answer("word 1?", first.digest)
 
 
+@pytest.mark.slow
 def test_auto_is_resolved_and_shown(workshop: Workshop) -> None:
     job = workshop.submit(hyperparameters=replace(QUICK, n_epochs=1, batch_size="auto", learning_rate="auto"))
     _run(workshop)
@@ -148,12 +154,14 @@ def test_auto_is_resolved_and_shown(workshop: Workshop) -> None:
     assert resolved["lora_alpha"] == 16
 
 
+@pytest.mark.slow
 def test_a_validation_file_is_used_as_it_is(workshop: Workshop) -> None:
     job = workshop.submit(validation_file=workshop.upload(medlars(3)))
     assert _run(workshop) is Outcome.SUCCEEDED
     assert any(m.startswith("Training on 24 sequences") and "validating on 3" in m for m in workshop.messages(job))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "code", "said"),
     [
@@ -171,6 +179,7 @@ def test_a_bad_file_fails_the_job_with_the_reason(workshop: Workshop, rows: list
     assert said in failed.error.message
 
 
+@pytest.mark.slow
 def test_a_target_module_that_the_base_lacks_fails_the_job_naming_it(workshop: Workshop) -> None:
     job = workshop.submit(hyperparameters=replace(QUICK, target_modules=("c_attn",)))
     assert _run(workshop) is Outcome.FAILED
@@ -179,6 +188,7 @@ def test_a_target_module_that_the_base_lacks_fails_the_job_naming_it(workshop: W
     assert "'c_attn'" in error.message
 
 
+@pytest.mark.slow
 def test_a_loss_that_explodes_fails_the_job_and_says_what_to_do(workshop: Workshop) -> None:
     job = workshop.submit(hyperparameters=replace(QUICK, learning_rate=1e30, early_stopping_patience=None))
     assert _run(workshop) is Outcome.FAILED
@@ -188,6 +198,7 @@ def test_a_loss_that_explodes_fails_the_job_and_says_what_to_do(workshop: Worksh
     assert "lower learning rate" in error.message
 
 
+@pytest.mark.slow
 def test_a_bug_fails_the_job_without_telling_the_tenant_its_insides(
     workshop: Workshop, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -216,6 +227,7 @@ def test_a_paused_job_continues_to_the_very_same_bytes(workshop: Workshop, calls
     assert workshop.digest(job) == _straight(workshop, job)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_only_what_it_did_since_the_last_resume_point(workshop: Workshop) -> None:
     job = workshop.submit()
     with pytest.raises(KilledError):
@@ -230,6 +242,7 @@ def test_a_killed_worker_costs_only_what_it_did_since_the_last_resume_point(work
     assert workshop.digest(job) == _straight(workshop, job)
 
 
+@pytest.mark.slow
 def test_a_damaged_resume_point_means_starting_over_not_failing(workshop: Workshop) -> None:
     job = workshop.submit()
     with pytest.raises(KilledError):
@@ -243,6 +256,7 @@ def test_a_damaged_resume_point_means_starting_over_not_failing(workshop: Worksh
     assert any(message.startswith("Starting over: ") for message in workshop.messages(job))
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_stops_and_publishes_nothing(workshop: Workshop) -> None:
     job = workshop.submit()
     calls = 0
@@ -259,6 +273,7 @@ def test_a_cancelled_job_stops_and_publishes_nothing(workshop: Workshop) -> None
     assert workshop.job(job).fine_tuned_model is None
 
 
+@pytest.mark.slow
 def test_a_worker_that_lost_its_lease_writes_nothing_more(workshop: Workshop) -> None:
     job = workshop.submit()
     stolen: list[Claim] = []
@@ -276,6 +291,7 @@ def test_a_worker_that_lost_its_lease_writes_nothing_more(workshop: Workshop) ->
     assert TuningRun(workshop.services, stolen[0], lambda: None).execute() is Outcome.SUCCEEDED
 
 
+@pytest.mark.slow
 def test_no_training_state_is_left_behind_by_a_job_that_ended(workshop: Workshop) -> None:
     job = workshop.submit()
     directory = workshop.control.storage / "training" / job.id
@@ -287,6 +303,7 @@ def test_no_training_state_is_left_behind_by_a_job_that_ended(workshop: Workshop
     assert not directory.exists()
 
 
+@pytest.mark.slow
 def test_a_job_continues_from_an_existing_model(workshop: Workshop) -> None:
     first = workshop.submit()
     _run(workshop)
@@ -299,6 +316,7 @@ def test_a_job_continues_from_an_existing_model(workshop: Workshop) -> None:
     _assert_same(workshop.weights(workshop.digest(second)), workshop.weights(parent))
 
 
+@pytest.mark.slow
 def test_a_job_that_continues_a_model_cannot_change_its_shape(workshop: Workshop) -> None:
     first = workshop.submit()
     _run(workshop)
@@ -309,6 +327,7 @@ def test_a_job_that_continues_a_model_cannot_change_its_shape(workshop: Workshop
     assert (error.code, error.param) == ("invalid_hyperparameters", "hyperparameters")
 
 
+@pytest.mark.slow
 def test_an_engine_that_cannot_answer_costs_the_evaluation_but_not_the_job(workshop: Workshop) -> None:
     job = workshop.submit()
     workshop.engine.shutdown(0.0)
@@ -336,6 +355,7 @@ def _pairs(count: int) -> list[object]:
     ]
 
 
+@pytest.mark.slow
 def test_preferences_are_learned_told_published_and_served(workshop: Workshop) -> None:
     first = workshop.submit()
     _run(workshop)
@@ -377,6 +397,7 @@ def test_a_killed_preference_job_resumes_to_the_very_same_bytes(workshop: Worksh
     assert workshop.digest(job) == _straight(workshop, job)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "method", "said"),
     [
@@ -446,6 +467,7 @@ def test_an_adapter_of_one_layer_is_trained_written_served_and_continued(worksho
     _assert_same(workshop.weights(workshop.digest(second)), weights)
 
 
+@pytest.mark.slow
 def test_a_step_that_ran_out_of_memory_is_told_as_a_warning(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -478,6 +500,7 @@ def _chats(*pairs: tuple[str, str]) -> list[object]:
     ]
 
 
+@pytest.mark.slow
 def test_a_job_reports_on_its_data_in_events_and_keeps_the_report(workshop: Workshop) -> None:
     job = workshop.submit(_leaking(), validation_file=workshop.upload(medlars(3)))
     assert workshop.control.jobs.data_report(workshop.control.acme.id, job.id) is None
@@ -497,6 +520,7 @@ def test_a_job_reports_on_its_data_in_events_and_keeps_the_report(workshop: Work
     assert "a1B2a1B2" not in str([(event.message, event.data) for event in events]) + str(report)
 
 
+@pytest.mark.slow
 def test_a_strict_job_stops_on_errors_and_names_them_with_their_lines(workshop: Workshop) -> None:
     job = workshop.submit(_leaking(), strict=True)
     assert _run(workshop) is Outcome.FAILED
@@ -507,11 +531,13 @@ def test_a_strict_job_stops_on_errors_and_names_them_with_their_lines(workshop: 
     assert workshop.control.jobs.data_report(workshop.control.acme.id, job.id) is not None
 
 
+@pytest.mark.slow
 def test_a_strict_job_trains_on_data_without_errors(workshop: Workshop) -> None:
     workshop.submit(medlars(24), strict=True)
     assert _run(workshop) is Outcome.SUCCEEDED
 
 
+@pytest.mark.slow
 def test_a_report_that_breaks_stops_no_job(workshop: Workshop, caplog: pytest.LogCaptureFixture) -> None:
     job = workshop.submit()
     assert _run(workshop, _after(3, ZeroDivisionError("in the report"))) is Outcome.SUCCEEDED

@@ -94,12 +94,14 @@ def test_few_examples_let_the_first_version_pass_and_hold_the_second(workshop: W
         assert gate["reasons"][-1] == "insufficient evidence: 4 examples, the policy asks for 20"
 
 
+@pytest.mark.slow
 def test_with_the_gate_off_whatever_succeeds_moves_the_alias(workshop: Workshop) -> None:
     job = workshop.submit(alias="fruit", gate=GatePolicy(enabled=False), hyperparameters=LEARNS_NOTHING)
     assert _run(workshop) is Outcome.SUCCEEDED
     assert _active(workshop) == workshop.job(job).fine_tuned_model
 
 
+@pytest.mark.slow
 def test_a_model_that_could_not_be_evaluated_moves_no_alias(workshop: Workshop) -> None:
     job = workshop.submit(alias="fruit", hyperparameters=LEARNS_NOTHING)
     workshop.engine.shutdown(0.0)
@@ -138,6 +140,7 @@ def test_an_evaluation_file_brings_its_own_examples_slices_and_assertions(worksh
     assert len(lines) == 10 and all(line["answers"]["candidate"] == "a medlar" for line in lines)
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_evaluation_file_shows_before_the_training(workshop: Workshop) -> None:
     file = workshop.upload([*medlars(3), {"messages": []}])
     job = workshop.submit(evaluation=EvaluationSpec(file=file))
@@ -149,6 +152,7 @@ def test_a_mistake_in_the_evaluation_file_shows_before_the_training(workshop: Wo
     assert not failed.trained_tokens
 
 
+@pytest.mark.slow
 def test_a_file_with_fewer_lines_than_asked_for_is_evaluated_whole(workshop: Workshop) -> None:
     evaluation = EvaluationSpec(file=workshop.upload(medlars(1)))
     job = workshop.submit(evaluation=evaluation, hyperparameters=LEARNS_NOTHING)

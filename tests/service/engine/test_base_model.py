@@ -377,6 +377,7 @@ def test_a_hub_id_that_is_neither_cached_nor_reachable_is_refused() -> None:
         load_base_model("nobody/no-such-base", device="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

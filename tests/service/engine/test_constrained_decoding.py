@@ -77,6 +77,7 @@ async def answer(rig: Rig, prompt: list[int], adapter: str | None, **sampling: A
     return "".join(chunk.text for chunk in chunks), chunks[-1].finish_reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampling", [{}, {"temperature": 1.0, "seed": 4}, {"temperature": 2.0, "seed": 5, "top_p": 0.9}]
 )
@@ -92,6 +93,7 @@ async def test_every_answer_keeps_to_its_form_with_any_adapter(
     assert len({text for text, _ in answers}) > len(SOURCES), "the adapters must differ, or they are not there"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 async def test_rows_without_a_grammar_are_what_they_are_without_such_neighbours(
     quantization: str, base: BaseModel, nf4_base: BaseModel, grammars: dict[GrammarSource, Grammar]

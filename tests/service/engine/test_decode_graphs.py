@@ -102,6 +102,7 @@ async def test_recorded_steps_give_the_plain_runners_tokens(
     assert sum(r.replays for r in recorder.recordings) >= 15
 
 
+@pytest.mark.slow
 async def test_wider_tables_and_tables_of_new_sites_are_noticed(
     base: BaseModel, rig: Rig, make_rig: MakeRig, recorder: TapeRecorder
 ) -> None:
@@ -124,6 +125,7 @@ async def test_an_adapter_loaded_over_another_needs_no_new_recording(
     assert len(recorder.recordings) == 1
 
 
+@pytest.mark.slow
 async def test_preempted_sequences_are_replayed_to_the_same_tokens(
     base: BaseModel, rig: Rig, make_rig: MakeRig, recorder: TapeRecorder
 ) -> None:
@@ -172,6 +174,7 @@ async def test_what_cannot_be_recorded_runs_eagerly_and_says_so_once(
     assert [record.message for record in caplog.records] == ["engine.graphs_disabled"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where there is a device")
 @pytest.mark.parametrize("record", [EagerRecording, None])
 async def test_the_kernels_give_the_plain_runners_tokens(

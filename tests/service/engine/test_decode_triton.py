@@ -12,12 +12,14 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu run
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_row_sees_its_own_keys_and_all_of_them(shape: str) -> None:
     rows = Rows(SHAPES[shape], torch.float32, CPU)
     torch.testing.assert_close(rows.fast(TritonDecoding()), rows.reference(), atol=2e-6, rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_summed_in_float32() -> None:
     rows = Rows(SHAPES["grouped"], torch.bfloat16, CPU)
     torch.testing.assert_close(rows.fast(TritonDecoding()), rows.reference(), atol=2e-2, rtol=2e-2)
@@ -35,6 +37,7 @@ def test_the_new_key_and_value_lie_where_the_reference_puts_them() -> None:
     assert torch.equal(rows.cache.layers[0].values, expected[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["grouped", "both"])
 def test_a_row_has_the_same_bits_alone_and_in_any_crowd(shape: str) -> None:
     rows = Rows(SHAPES[shape], torch.float32, CPU)
@@ -46,6 +49,7 @@ def test_a_row_has_the_same_bits_alone_and_in_any_crowd(shape: str) -> None:
         assert torch.equal(rows.fast(TritonDecoding(), [row])[0], together[row])
 
 
+@pytest.mark.slow
 def test_a_row_that_only_pads_stores_nothing_and_is_zero() -> None:
     rows = Rows(SHAPES["multi-head"], torch.float32, CPU)
     together = rows.fast(TritonDecoding())

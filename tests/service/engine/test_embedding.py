@@ -80,6 +80,7 @@ async def test_every_family_shows_its_hidden_states(family: str, tiny_llama_dir:
     np.testing.assert_allclose(vector, reference(plain, prompt(60)), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 async def test_an_embedding_is_the_same_alone_and_in_a_crowd_bit_for_bit(
     quantization: str, base: BaseModel, nf4_base: BaseModel

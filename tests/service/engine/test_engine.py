@@ -76,6 +76,7 @@ MIXES: dict[str, list[str | None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mix", MIXES)
 async def test_greedy_tokens_equal_plain_peft_row_by_row(mix: str, rig: Rig, peft_models: PeftModel) -> None:
     adapters = MIXES[mix]
@@ -105,6 +106,7 @@ async def test_log_probabilities_equal_plain_peft(rig: Rig, peft_models: PeftMod
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "top_p": 0.9, "seed": 11}])
 async def test_an_answer_is_the_same_alone_and_in_a_crowd(
@@ -119,6 +121,7 @@ async def test_an_answer_is_the_same_alone_and_in_a_crowd(
     assert crowd == alone
 
 
+@pytest.mark.slow
 async def test_preempted_sequences_are_replayed_to_the_same_tokens(base: BaseModel) -> None:
     small = Rig(base, kv_cache_bytes=2 * 512 * base.model.config.num_hidden_layers * 2 * 2 * 32 * 4)
     asked = [(p, a) for p, a in zip(prompts(6), [None, *SPECS], strict=True)]
@@ -139,6 +142,7 @@ async def test_serving_changes_no_base_weight(nf4_base: BaseModel) -> None:
     assert nf4_base.parameter_hash() == before
 
 
+@pytest.mark.slow
 async def test_requests_join_and_leave_a_running_batch(rig: Rig) -> None:
     long = rig.engine.generate(rig.request([7, 8, 9], max_tokens=200))
     first = [await anext(long) for _ in range(3)]
@@ -148,6 +152,7 @@ async def test_requests_join_and_leave_a_running_batch(rig: Rig) -> None:
     assert len(short) == 4 and len(tokens) == 200 and tokens[:4] == short
 
 
+@pytest.mark.slow
 async def test_more_adapters_than_slots_all_get_their_own_answer(base: BaseModel, rig: Rig) -> None:
     tight = Rig(base, max_lora_slots=1)
     got = await asyncio.gather(*(tight.tokens([5, 6, 7], a) for a in list(SPECS) * 2))
@@ -196,6 +201,7 @@ async def test_impossible_requests_are_rejected_before_they_wait(rig: Rig) -> No
         assert rejection.value.code == code
 
 
+@pytest.mark.slow
 async def test_a_full_queue_says_when_to_come_back(base: BaseModel) -> None:
     rig = Rig(base, max_waiting=2, max_num_seqs=1)
     streams = [asyncio.create_task(rig.tokens([5], max_tokens=300)) for _ in range(12)]
@@ -206,6 +212,7 @@ async def test_a_full_queue_says_when_to_come_back(base: BaseModel) -> None:
     assert all(len(r) == 300 for r in results if isinstance(r, list))
 
 
+@pytest.mark.slow
 async def test_draining_lets_answers_finish_and_takes_nothing_new(base: BaseModel) -> None:
     rig = Rig(base)
     running = asyncio.create_task(rig.tokens([5], max_tokens=120))
@@ -258,6 +265,7 @@ def test_callbacks_serve_threads_without_an_event_loop(base: BaseModel) -> None:
     assert sum(len(c.token_ids) for c in chunks) == 5
 
 
+@pytest.mark.slow
 async def test_a_request_that_still_waits_at_its_deadline_ends_there(base: BaseModel) -> None:
     rig = Rig(base, max_num_seqs=1)
     long = asyncio.create_task(rig.tokens([5], max_tokens=400))
@@ -306,6 +314,7 @@ async def test_an_adapter_on_its_way_holds_up_no_other_and_no_load_holds_up_anot
     rig.engine.shutdown(0)
 
 
+@pytest.mark.slow
 async def test_the_next_adapters_are_fetched_while_every_seat_is_taken(base: BaseModel) -> None:
     rig = Rig(base, max_num_seqs=1, max_lora_slots=2)
     running = asyncio.create_task(rig.tokens([5], "narrow", max_tokens=400))
@@ -320,6 +329,7 @@ async def test_the_next_adapters_are_fetched_while_every_seat_is_taken(base: Bas
     rig.engine.shutdown(0)
 
 
+@pytest.mark.slow
 async def test_one_tenant_cannot_fill_the_queue_for_another(base: BaseModel) -> None:
     rig = Rig(base, max_waiting=8, max_num_seqs=1)
     flood = [rig.request([5], tenant="flood", max_tokens=300) for _ in range(12)]
@@ -334,6 +344,7 @@ async def test_one_tenant_cannot_fill_the_queue_for_another(base: BaseModel) -> 
     rig.engine.shutdown(0)
 
 
+@pytest.mark.slow
 async def test_a_newcomer_pauses_a_flooders_answer_which_goes_on_unharmed(base: BaseModel) -> None:
     rig = Rig(base, max_num_seqs=2)
     alone = [await rig.tokens([7, 8, index], max_tokens=60) for index in range(2)]

@@ -58,6 +58,7 @@ def walk(grammar: Grammar, num_tokens: int, seed: int, ignore_eos: bool = False)
     return tokens
 
 
+@pytest.mark.slow
 async def test_the_tokens_allowed_are_those_a_slow_look_at_every_token_finds(
     base: BaseModel, compiler: GrammarCompiler
 ) -> None:

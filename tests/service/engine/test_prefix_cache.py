@@ -58,6 +58,7 @@ async def answer(rig: Rig, tokens: list[int], adapter: str | None = None, **aske
 # -- the same bits ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [None, "wide", "attention"])
 async def test_an_answer_has_the_same_bits_with_and_without_the_cache(
     either_base: BaseModel, adapter: str | None
@@ -78,6 +79,7 @@ async def test_an_answer_has_the_same_bits_with_and_without_the_cache(
         rig.engine.shutdown(0)
 
 
+@pytest.mark.slow
 async def test_short_prompts_serve_longer_ones_and_the_other_way_round(either_base: BaseModel) -> None:
     """What was computed in a short last chunk has the bits of a long one's."""
     long = prompt(400)
@@ -104,6 +106,7 @@ async def test_chunks_of_any_size_reuse_on_a_grid_that_fits_them(base: BaseModel
         assert got == expected and cached == 120 // block_tokens(chunk) * block_tokens(chunk)
 
 
+@pytest.mark.slow
 async def test_preempted_sequences_go_on_with_the_same_tokens(base: BaseModel) -> None:
     asked = [prompt(60) + prompt(30, seed=n) for n in range(6)]
     small = make_rig(base, kv_cache_bytes=2 * 512 * base.model.config.num_hidden_layers * 2 * 2 * 32 * 4)
@@ -170,6 +173,7 @@ async def test_an_adapter_deleted_while_it_computes_leaves_nothing(warm: Rig) ->
 # -- together -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [None, "wide"])
 async def test_choices_of_one_prompt_compute_it_once(either_base: BaseModel, adapter: str | None) -> None:
     cold, hot = make_rig(either_base, prefix_cache="off"), make_rig(either_base)

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -40,6 +41,7 @@ def test_temperature_zero_is_greedy_and_a_low_one_nearly() -> None:
     assert draws(50, temperature=1e-300) == {0: 50}
 
 
+@pytest.mark.slow
 def test_each_filter_keeps_what_its_definition_keeps() -> None:
     assert set(draws(top_k=2)) == {0, 1}
     assert set(draws(top_p=0.69)) == {0, 1}

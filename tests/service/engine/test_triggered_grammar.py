@@ -91,6 +91,7 @@ def test_a_forbidden_token_inside_is_an_error(base: BaseModel, digits: Grammar) 
     assert not matcher.consume(base.tokenizer.encode("x")[-1]) and matcher.error
 
 
+@pytest.mark.slow
 async def test_on_an_engine_every_trigger_is_followed_by_its_grammar(rig: Rig, digits: Grammar) -> None:
     triggered = TriggeredGrammar(digits, "~")
     [tilde] = [token for token in range(5, 512) if b"~" in digits.bytes_of(token)]
