@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo serve check lint fast test bench bench-quick bench-drift lock fmt examples monitoring clean
+.PHONY: help install demo serve check lint fast test soak hostile bench bench-quick bench-drift lock fmt examples monitoring clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,13 @@ fast: install
 
 test: lint  ## everything: linters, types, import contract and all tests
 	$(BIN)/pytest -n 2 --dist loadfile
+
+soak: install  ## twenty minutes of everything at once, with kills: nothing lost, wrong, leaked or growing
+	$(BIN)/python -m tools.soak --minutes 20
+
+hostile: install  ## thousands of generated requests, in all phases; then how many hostile cases there are
+	$(BIN)/python -m tests.hostile.generated --examples 100
+	$(BIN)/python -m tests.hostile.count
 
 bench: install  ## the full benchmark, as ratios, into bench/results/
 	$(BIN)/python -m bench

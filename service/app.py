@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from pydantic import SecretStr
 
+from service.api.description import FAILURES
 from service.api.errors import install_error_handlers
 from service.api.middleware import OPERATIONS, OTHER_OPERATION, RequestMiddleware
 from service.api.routes import ROUTERS
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
 def create_app(services: Services, drain: Drain | None = None, traces: Traces | None = None) -> FastAPI:
     """The API. It starts and stops nothing: `open_services` does. `drain` tells it that the service is going."""
-    app = FastAPI(title="Rootstock", openapi_url=None)  # nothing is shown to who has no key
+    app = FastAPI(title="Rootstock", openapi_url=None, responses=FAILURES)  # nothing is shown to who has no key
     app.state.services = services
     for router in ROUTERS:
         app.include_router(router)

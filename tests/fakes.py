@@ -168,6 +168,7 @@ class FakeEngine:
             slots={"device": 32, "host": 256},
             resident={"device": ("a" * 64,), "host": ("a" * 64, "b" * 64)},
             waiting_adapters=("a" * 64, "c" * 64),
+            num_pinned=0,
             num_steps=1,
             num_preemptions=0,
             last_step_at=self.last_step_at,

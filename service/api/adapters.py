@@ -22,6 +22,7 @@ from adapters.store import REQUIRED_FILES
 from service.adapter_import import AdapterImport
 from service.aliases import Alias
 from service.api.auth import TenantDep
+from service.api.description import BINARY, answers, form_body
 from service.api.json_body import JsonRoute
 from service.api.pages import list_body, only_query
 from service.api.services import Services, ServicesDep
@@ -35,6 +36,8 @@ router = APIRouter(route_class=JsonRoute, tags=["adapters"])
 _FIELDS = ("file", "suffix", "alias")
 _CHUNK_BYTES = 1024 * 1024
 
+FORM = form_body(("file", "suffix"), file=BINARY, suffix={"type": "string"}, alias={"type": "string"})
+
 
 @router.get("/v1/adapters", dependencies=[Depends(only_query())])
 def list_adapters(tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
@@ -42,7 +45,7 @@ def list_adapters(tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
     return list_body([adapter_body(version, aliases) for version in services.registry.versions(tenant.id)])
 
 
-@router.post("/v1/adapters")
+@router.post("/v1/adapters", openapi_extra=FORM)
 async def import_adapter(request: Request, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
     """A zip of a PEFT directory, as multipart/form-data: `file`, `suffix`, and `alias` where one shall move to it."""
     importer = AdapterImport(services.registry, services.store, services.base, max_rank=services.settings.max_lora_rank)
@@ -64,7 +67,11 @@ async def import_adapter(request: Request, tenant: TenantDep, services: Services
     return adapter_body(version, aliases)
 
 
-@router.get("/v1/adapters/{model:path}/card", dependencies=[Depends(only_query("format"))])
+@router.get(
+    "/v1/adapters/{model:path}/card",
+    dependencies=[Depends(only_query("format"))],
+    responses=answers("application/json", "text/markdown"),
+)
 def get_card(
     model: str,
     request: Request,
@@ -79,7 +86,12 @@ def get_card(
     return JSONResponse(card)
 
 
-@router.get("/v1/adapters/{model:path}/export", dependencies=[Depends(only_query("format"))])
+@router.get(
+    "/v1/adapters/{model:path}/export",
+    dependencies=[Depends(only_query("format"))],
+    response_class=StreamingResponse,
+    responses=answers("application/octet-stream"),
+)
 def export_adapter(
     model: str,
     request: Request,

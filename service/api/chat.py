@@ -12,6 +12,7 @@ from fastapi.responses import Response
 
 from service.api.answer import Ask, Choice, Head, answer
 from service.api.auth import AccessDep
+from service.api.description import answers
 from service.api.end_user import end_user
 from service.api.json_body import JsonRoute
 from service.api.keepsake import keepsake
@@ -30,7 +31,7 @@ from service.tenants import Tenant
 router = APIRouter(route_class=JsonRoute, tags=["chat"])
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=answers("application/json", "text/event-stream"))
 async def create_chat_completion(
     body: ChatRequest, request: Request, access: AccessDep, services: ServicesDep
 ) -> Response:

@@ -13,6 +13,7 @@ from fastapi.responses import Response
 
 from service.api.answer import Ask, Choice, Head, answer
 from service.api.auth import AccessDep
+from service.api.description import answers
 from service.api.end_user import end_user
 from service.api.json_body import JsonRoute
 from service.api.keepsake import keepsake
@@ -37,7 +38,7 @@ MAX_SEQUENCES = 256
 router = APIRouter(route_class=JsonRoute, tags=["completions"])
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=answers("application/json", "text/event-stream"))
 async def create_completion(
     body: CompletionRequest, request: Request, access: AccessDep, services: ServicesDep
 ) -> Response:

@@ -15,6 +15,7 @@ from pydantic import StringConstraints
 from starlette.datastructures import FormData, UploadFile
 
 from service.api.auth import TenantDep
+from service.api.description import BINARY, answers, form_body
 from service.api.json_body import JsonRoute
 from service.api.pages import After, list_body, only_query
 from service.api.services import ServicesDep
@@ -38,7 +39,18 @@ _CHUNK_BYTES = 1024 * 1024
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 
 
-@router.post("/v1/files")
+FORM = form_body(
+    ("file", "purpose"),
+    file=BINARY,
+    purpose={"type": "string", "enum": list(UPLOADABLE)},
+    **{
+        _ANCHOR: {"type": "string", "enum": ["created_at"]},
+        _SECONDS: {"type": "integer", "minimum": MIN_EXPIRY_SECONDS, "maximum": MAX_EXPIRY_SECONDS},
+    },
+)
+
+
+@router.post("/v1/files", openapi_extra=FORM)
 async def upload_file(request: Request, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
     # The form is read here and not by FastAPI, so that nothing is read for a caller without a key.
     async with request.form(max_files=1, max_fields=len(("purpose", _ANCHOR, _SECONDS)) + 1) as form:
@@ -73,7 +85,9 @@ def get_file(file_id: str, tenant: TenantDep, services: ServicesDep) -> dict[str
     return file_body(services.files.get(tenant.id, file_id))
 
 
-@router.get("/v1/files/{file_id}/content")
+@router.get(
+    "/v1/files/{file_id}/content", response_class=StreamingResponse, responses=answers("application/octet-stream")
+)
 def get_file_content(file_id: str, tenant: TenantDep, services: ServicesDep) -> StreamingResponse:
     file = services.files.get(tenant.id, file_id)
     headers = {

@@ -12,6 +12,7 @@ from fastapi.responses import StreamingResponse
 
 from adapters.peft_archive import zip_chunks
 from service.api.auth import TenantDep
+from service.api.description import answers
 from service.api.json_body import JsonRoute
 from service.api.pages import list_body, only_query
 from service.api.services import Services, ServicesDep
@@ -40,7 +41,7 @@ def get_merge(merge_id: str, tenant: TenantDep, services: ServicesDep) -> dict[s
     return merge_body(_merges(services).get(tenant.id, merge_id))
 
 
-@router.get("/v1/merges/{merge_id}/content")
+@router.get("/v1/merges/{merge_id}/content", response_class=StreamingResponse, responses=answers("application/zip"))
 def get_merge_content(merge_id: str, tenant: TenantDep, services: ServicesDep) -> StreamingResponse:
     """A zip of the model's directory."""
     merges = _merges(services)

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, Query
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from service.api.auth import AdminDep, TenantDep
+from service.api.description import answers
 from service.api.json_body import JsonRoute
 from service.api.pages import only_query
 from service.api.services import ServicesDep
@@ -50,7 +51,11 @@ def get_usage(
     return _page(services.usage_report, query, bucket_width, limit, page)
 
 
-@router.get("/v1/admin/usage", dependencies=[Depends(only_query(*_PARAMETERS, "tenant_id", "format"))])
+@router.get(
+    "/v1/admin/usage",
+    dependencies=[Depends(only_query(*_PARAMETERS, "tenant_id", "format"))],
+    responses=answers("application/json", "text/csv"),
+)
 def get_everybodys_usage(
     _: AdminDep,
     services: ServicesDep,

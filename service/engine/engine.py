@@ -311,6 +311,7 @@ class Engine(ServingEngine):
             slots={"device": slots.num_slots, "host": self.config.max_host_adapters},
             resident={"device": slots.resident(), "host": self._host.digests()},
             waiting_adapters=scheduler.waiting.adapters(),
+            num_pinned=len(slots.references()),
             num_steps=self._steps,
             num_preemptions=self._preemptions,
             last_step_at=self._last_step_at,

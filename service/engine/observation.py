@@ -20,7 +20,8 @@ class EngineObserver(SlotObserver, Protocol):
 class EngineStats:
     """A consistent picture of the engine between two steps. Times are `time.monotonic()`.
 
-    `resident` lists what is *loaded* by tier ("device", "host"), not what is running; `slots` the room there.
+    `resident` lists what is *loaded* by tier ("device", "host"), not what is running; `slots` the room there, and
+    `num_pinned` how many of those on the device a running sequence uses.
     `busy_since` is when the engine last went from having nothing to compute to working; None while it has nothing.
     `restarting` lasts from a crash until a forward has succeeded again.
     """
@@ -31,6 +32,7 @@ class EngineStats:
     slots: Mapping[str, int]
     resident: Mapping[str, tuple[str, ...]]
     waiting_adapters: tuple[str, ...]
+    num_pinned: int
     num_steps: int
     num_preemptions: int
     last_step_at: float | None

@@ -47,6 +47,7 @@ def engine_gauges(stats: EngineStats) -> Iterator[Metric]:
     for tier, capacity in stats.slots.items():
         slots.add_metric([tier], capacity)
     yield slots
+    yield _gauge("rootstock_adapters_pinned", "Adapters in a slot that a running sequence uses.", stats.num_pinned)
 
 
 def lease_gauges(age_seconds: float) -> Iterator[Metric]:

@@ -157,6 +157,7 @@ class ProbedEngine:
             slots={},
             resident={},
             waiting_adapters=(),
+            num_pinned=0,
             num_steps=1,
             num_preemptions=0,
             last_step_at=self.last_step_at,
