@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from service.config import BUNDLED_BASE
+from tools.audit_lock import complaints
 from tools.lock import closure, project_requirements
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,3 +116,12 @@ def test_make_help_explains_every_target_a_person_would_call() -> None:
     result = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     explained = set(re.findall(r"^  make (\S+)", result.stdout, re.MULTILINE))
     assert explained == makefile_targets() - {"lint", "fast"}
+
+
+def test_the_lock_is_exact_and_every_licence_known() -> None:
+    assert complaints((ROOT / "requirements.lock").read_text().splitlines()) == []
+
+
+@pytest.mark.parametrize("line", ["httpx>=0.1", "httpx @ https://x/y.whl", "httpx==0.0.1", "httpx==1.0rc1", "httpx==x"])
+def test_a_loose_a_foreign_and_an_unreleased_pin_are_complained_about(line: str) -> None:
+    assert complaints([line])

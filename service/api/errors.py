@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from adapters.errors import AdapterError
 from service.api.wire import UNSUPPORTED, field_path
@@ -47,13 +48,20 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, ServiceError):  # raised while FastAPI was reading the body
         return error_response(error.__cause__)
-    message, code = str(error.detail), None
+    message, code, headers = str(error.detail), None, error.headers
     if error.status_code == HTTPStatus.NOT_FOUND:
         message, code = f"Unknown request URL: {request.method} {request.url.path}", "unknown_url"
     elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         message, code = f"Not allowed to {request.method} on {request.url.path}", "method_not_supported"
+        headers = {"allow": _allowed(request)}
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
-    return JSONResponse(error_body(message, kind, code=code), error.status_code, error.headers)
+    return JSONResponse(error_body(message, kind, code=code), error.status_code, headers)
+
+
+def _allowed(request: Request) -> str:
+    """Every method of the path; whoever raised the 405 knows only those of the first of its routes."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for route in routes for method in getattr(route, "methods", None) or ()}))
 
 
 def invalid_request(errors: Sequence[dict[str, object]]) -> InvalidRequestError:

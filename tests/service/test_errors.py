@@ -113,6 +113,14 @@ def test_every_route_of_the_api_asks_for_a_key(shared_service: Served) -> None:
             assert stranger.get(path).status_code == 404
 
 
+def test_a_405_lists_every_method_of_its_path(shared_service: Served) -> None:
+    """Only those of the path's first route were listed."""
+    http = shared_service.http()
+    assert http.options("/v1/aliases/any").headers["allow"] == "DELETE, GET, PUT"
+    assert http.put("/v1/files").headers["allow"] == "GET, POST"
+    assert http.post("/v1/models/some/model").headers["allow"] == "DELETE, GET"
+
+
 def test_a_sane_request_id_is_echoed_and_another_replaced(shared_service: Served) -> None:
     http = shared_service.http()
     assert http.get("/v1/models", headers={"x-request-id": "mine-7"}).headers["x-request-id"] == "mine-7"

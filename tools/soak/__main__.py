@@ -19,7 +19,7 @@ from tools.soak.run import soak
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.soak", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=20.0, help="of traffic; memory is judged from 10 on")
+    parser.add_argument("--minutes", type=float, default=20.0, help="of traffic; memory is judged from 5 on")
     parser.add_argument("--tenants", type=int, default=30)
     parser.add_argument("--seed", type=int, default=20, help="of what tenants do, not of when they come to it")
     parser.add_argument("--json", type=Path, help="write all figures there")

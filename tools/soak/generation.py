@@ -23,7 +23,7 @@ SCHEMA = {
     "required": ["sort", "ripe"],
     "additionalProperties": False,
 }
-CHAT_KEYS = {"id", "object", "created", "model", "choices", "usage"}
+ANSWER_KEYS = {"id", "object", "created", "model", "system_fingerprint", "choices", "usage"}
 
 
 async def chat(tenant: Tenant) -> None:
@@ -199,7 +199,7 @@ async def _ask(tenant: Tenant, operation: str, path: str, prompt: dict[str, Any]
     shared.books.told(tenant.account, body["usage"])
     tenant.remember(body["id"])
     ledger = shared.caller.ledger
-    ledger.expect(body.keys() == CHAT_KEYS, "an answer has OpenAI's fields", body)
+    ledger.expect(body.keys() == ANSWER_KEYS, "an answer has OpenAI's fields", body)
     ledger.expect(
         not may_answer or body["model"] in may_answer, "the model that was asked answers", (body["model"], may_answer)
     )

@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-MAX_SHOWN = 100
-"""Violations kept with their text; all are counted."""
+MAX_SHOWN = 10
+"""Violations of a kind that are kept with their text; all are counted."""
 
 
 @dataclass
@@ -30,7 +30,8 @@ class Ledger:
 
     def violation(self, text: str) -> None:
         self.num_violations += 1
-        if len(self.violations) < MAX_SHOWN:
+        kind = text.partition(":")[0]
+        if sum(one.startswith(kind) for one in self.violations) < MAX_SHOWN:
             self.violations.append(text)
 
     def expect(self, holds: bool, check: str, what: object = "") -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-LONG_MINUTES = 10.0
+LONG_MINUTES = 5.0
 """From here on memory is judged: a shorter run is warming up for most of its time."""
 
 
