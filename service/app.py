@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 def create_app(services: Services, drain: Drain | None = None, traces: Traces | None = None) -> FastAPI:
     """The API. It starts and stops nothing: `open_services` does. `drain` tells it that the service is going."""
     app = FastAPI(title="Rootstock", openapi_url=None, responses=FAILURES)  # nothing is shown to who has no key
-    app.state.services = services
+    app.state.services, app.state.routers = services, ROUTERS
     for router in ROUTERS:
         app.include_router(router)
     install_error_handlers(app)

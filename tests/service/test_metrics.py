@@ -72,6 +72,7 @@ CONTRACT = {
     "rootstock_requests_waiting": ("gauge", set()),
     "rootstock_adapters_resident": ("gauge", {"tier"}),
     "rootstock_adapter_slots": ("gauge", {"tier"}),
+    "rootstock_adapters_pinned": ("gauge", set()),
     "rootstock_kv_cache_usage_ratio": ("gauge", set()),
     "rootstock_lease_age_seconds_max": ("gauge", set()),
     "rootstock_process_resident_bytes": ("gauge", {"process"}),
