@@ -1,7 +1,7 @@
 """The one connection factory: SQLite in WAL mode, or Postgres by URL. Knows no job, tenant or file logic.
 
 Leases are compared with the database's own clock (`epoch_now()`), so workers on several machines need no common time.
-The schema is created when absent and refused when it is of another version.
+The schema is made when absent and brought up to date when it is older (`service.schema`).
 """
 
 from __future__ import annotations
@@ -18,14 +18,11 @@ import sqlalchemy as sa
 from sqlalchemy import Column, Table
 from sqlalchemy.engine import Connection, Engine
 
-from service.errors import InvalidRequestError, NotFoundError, ServiceError
-from service.tables import SCHEMA_VERSION, epoch_now, metadata, schema_version, tenants
+from service.errors import InvalidRequestError, NotFoundError
+from service.schema import DatabaseSetupError, bring_up
+from service.tables import epoch_now, tenants
 
 Item = TypeVar("Item")
-
-
-class DatabaseSetupError(ServiceError):
-    """The url is unusable, or another version of this service wrote the database; start-up stops."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +67,22 @@ class Database:
 
 
 def connect(url: str) -> Database:
-    """Open (and, when empty, create) the database at `sqlite:///path` or `postgresql://…`.
+    """Open the database at `sqlite:///path` or `postgresql://…`, with this program's schema.
 
-    Raises DatabaseSetupError when the url is neither or the schema is of another version.
+    Raises DatabaseSetupError when the url is neither, or the schema is a newer program's.
     """
-    engine = _postgres(url) if url.startswith("postgres") else _sqlite(url)
-    database = Database(engine)
+    engine = open_engine(url)
     try:
-        _ensure_schema(database)
+        bring_up(engine)
     except Exception:
-        database.close()
+        engine.dispose()
         raise
-    return database
+    return Database(engine)
+
+
+def open_engine(url: str) -> Engine:
+    """As it is, whatever its schema."""
+    return _postgres(url) if url.startswith("postgres") else _sqlite(url)
 
 
 def new_id(prefix: str, *, num_characters: int = 24) -> str:
@@ -156,19 +157,3 @@ def _prepare_sqlite(connection: Any, record: Any) -> None:
 def _begin_sqlite(connection: Connection) -> None:
     mode = connection.get_execution_options().get("sqlite_begin", "DEFERRED")
     connection.exec_driver_sql(f"BEGIN {mode}")
-
-
-def _ensure_schema(database: Database) -> None:
-    with database.begin() as connection:
-        if not database.is_sqlite:  # two replicas may start at once
-            connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7007468)")
-        if not sa.inspect(connection).has_table(schema_version.name):
-            metadata.create_all(connection)
-            connection.execute(schema_version.insert().values(version=SCHEMA_VERSION))
-            return
-        found = connection.execute(sa.select(schema_version.c.version)).scalar()
-        if found != SCHEMA_VERSION:
-            raise DatabaseSetupError(
-                f"The database has schema version {found}, this program needs {SCHEMA_VERSION}: "
-                "start the version that wrote it, or point to another database."
-            )
