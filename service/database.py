@@ -58,6 +58,21 @@ class Database:
         with self._engine.connect() as connection:
             yield connection
 
+    def scrub(self) -> bool:
+        """Leave nothing of what was deleted in SQLite's files: its pages are overwritten when they are freed, and here
+        the log of earlier writes is emptied. False while a reader needs the log. (Postgres: when it vacuums.)"""
+        if not self._is_sqlite:
+            return True
+        with self._writer, self._engine.connect() as connection:
+            driver = connection.connection.dbapi_connection
+            assert driver is not None
+            driver.execute("PRAGMA busy_timeout=1000")
+            try:
+                busy, _, _ = driver.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            finally:
+                driver.execute(f"PRAGMA busy_timeout={_BUSY_MILLISECONDS}")
+        return not busy
+
     @property
     def is_sqlite(self) -> bool:
         return self._is_sqlite
@@ -133,6 +148,7 @@ def _postgres(url: str) -> Engine:
     return sa.create_engine(f"{driver}://{rest}", pool_pre_ping=True, pool_size=10, hide_parameters=True)
 
 
+_BUSY_MILLISECONDS = 30_000
 _MAX_CONNECTIONS = 50
 """Kept open once they were needed: more than the threads that answer requests, since opening one takes milliseconds."""
 
@@ -150,7 +166,13 @@ def _sqlite(url: str) -> Engine:
 
 def _prepare_sqlite(connection: Any, record: Any) -> None:
     connection.isolation_level = None  # transactions are begun by _begin_sqlite, not by the driver
-    for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    for pragma in (
+        f"busy_timeout={_BUSY_MILLISECONDS}",
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "foreign_keys=ON",
+        "secure_delete=ON",  # what was deleted is not to be found in free pages
+    ):
         connection.execute(f"PRAGMA {pragma}")
 
 

@@ -107,7 +107,7 @@ def _locked(engine: Engine) -> Iterator[Connection]:
     with engine.connect().execution_options(sqlite_begin="IMMEDIATE") as connection:
         driver = connection.connection.dbapi_connection
         assert driver is not None
-        driver.execute("PRAGMA foreign_keys=OFF")  # type: ignore[attr-defined]
+        driver.execute("PRAGMA foreign_keys=OFF")
         try:
             with connection.begin():
                 yield connection
@@ -115,7 +115,7 @@ def _locked(engine: Engine) -> Iterator[Connection]:
                 if broken:
                     raise DatabaseSetupError(f"The migration would have left {len(broken)} rows that refer to nothing.")
         finally:
-            driver.execute("PRAGMA foreign_keys=ON")  # type: ignore[attr-defined]
+            driver.execute("PRAGMA foreign_keys=ON")
 
 
 def _check_known(config: Config, found: str | None) -> None:
