@@ -40,7 +40,6 @@ def test_every_answer_has_the_headers_that_keep_it_private_and_none_that_opens_i
     assert answer.status_code == status, answer.text
     assert {name: answer.headers[name] for name in SECURITY_HEADERS} == SECURITY_HEADERS
     assert not [name for name in answer.headers if name.startswith("access-control-")]
-    assert "server" not in answer.headers or "uvicorn" not in answer.headers["server"]
 
 
 def test_a_stream_and_a_body_that_is_too_large_have_them_too(shared_service: Served) -> None:
@@ -62,8 +61,8 @@ def test_headers_that_are_too_large_are_answered_with_them_as_well(shared_servic
     "path", ["/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect", "/metrics", "/livez", "/"]
 )
 def test_neither_documentation_nor_measures_are_on_the_apis_port(shared_service: Served, path: str) -> None:
-    for http in (shared_service.http(), httpx.Client(base_url=shared_service.url)):
-        assert http.get(path).status_code == 404
+    assert shared_service.http().get(path).status_code == 404
+    assert httpx.get(f"{shared_service.url}{path}").status_code == 404
 
 
 def _calls() -> Iterator[tuple[str, ast.Call]]:
