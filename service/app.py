@@ -39,6 +39,7 @@ from service.retraining import Retraining
 from service.retraining_data import RetrainingFiles
 from service.retraining_worker import RetrainingWorker
 from service.rollout import open_rollout
+from service.tenant_removal import removal_in, sweeping
 from service.tenants import Tenants
 from service.usage_book import open_books
 from service.usage_report import UsageReport
@@ -106,6 +107,18 @@ def open_services(
         proposing = RetrainingWorker(retraining, archive.files, builder, data_reports, estimates)
         proposing.start()
         stack.callback(proposing.stop)
+        merges, rate_limits = merges_in(settings, archive.database), RateLimits()
+        drift = stack.enter_context(
+            open_drift(
+                archive.database,
+                archive.store,
+                engine,
+                metrics,
+                settings,
+                listeners=[retraining.drift_changed],
+            )
+        )
+        removal = removal_in(archive, merges, engine, metrics, drift, grammars, data_reports, rate_limits)
         yield Services(
             settings=settings,
             admin_key=admin_key,
@@ -127,19 +140,11 @@ def open_services(
             retraining=retraining,
             usage=stack.enter_context(open_books(archive.database)),
             usage_report=UsageReport(archive.database),
-            rate_limits=RateLimits(),
+            rate_limits=rate_limits,
             audit=Audit(archive.database),
-            merges=merges_in(settings, archive.database),
-            drift=stack.enter_context(
-                open_drift(
-                    archive.database,
-                    archive.store,
-                    engine,
-                    metrics,
-                    settings,
-                    listeners=[retraining.drift_changed],
-                )
-            ),
+            removal=stack.enter_context(sweeping(removal)),
+            merges=merges,
+            drift=drift,
         )
 
 

@@ -57,7 +57,7 @@ class DataReports:
         self._base = base
         self._limit_seconds = limit_seconds
         self._lock = threading.Lock()
-        self._remembered: OrderedDict[str, FileReport] = OrderedDict()
+        self._remembered: OrderedDict[tuple[str, str], FileReport] = OrderedDict()
         self._waiting: Counter[str] = Counter()
         self._closing = threading.Event()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="data-report", initializer=lower_priority)
@@ -76,6 +76,12 @@ class DataReports:
         future.add_done_callback(lambda _: self._leave(tenant_id))
         return future
 
+    def forget(self, tenant_id: str) -> None:
+        """Of a deleted tenant: reports show pieces of its files."""
+        with self._lock:
+            for key in [key for key in self._remembered if key[0] == tenant_id]:
+                del self._remembered[key]
+
     def close(self) -> None:
         """Give up what is running and waiting."""
         self._closing.set()
@@ -92,14 +98,14 @@ class DataReports:
             base=base_of_reports(self._base),
             breathe=self._breather(),
         )
-        made = FileReport(f"filereport-{key[:24]}", time.time(), report)
+        made = FileReport(f"filereport-{key[1][:24]}", time.time(), report)
         with self._lock:
             self._remembered[key] = made
             while len(self._remembered) > MAX_REMEMBERED:
                 self._remembered.popitem(last=False)
         return made
 
-    def _recall(self, key: str) -> FileReport | None:
+    def _recall(self, key: tuple[str, str]) -> FileReport | None:
         with self._lock:
             if key in self._remembered:
                 self._remembered.move_to_end(key)
@@ -133,6 +139,6 @@ class DataReports:
         return breathe
 
 
-def _key(tenant_id: str, training: File, validation: File | None) -> str:
+def _key(tenant_id: str, training: File, validation: File | None) -> tuple[str, str]:
     parts = (tenant_id, training.sha256, "" if validation is None else validation.sha256)
-    return sha256("\0".join(parts).encode()).hexdigest()
+    return tenant_id, sha256("\0".join(parts).encode()).hexdigest()

@@ -1,7 +1,7 @@
 """The one connection factory: SQLite in WAL mode, or Postgres by URL. Knows no job, tenant or file logic.
 
 Leases are compared with the database's own clock (`epoch_now()`), so workers on several machines need no common time.
-The schema is created when absent and refused when it is of another version.
+The schema is made when absent and brought up to date when it is older (`service.schema`).
 """
 
 from __future__ import annotations
@@ -18,14 +18,11 @@ import sqlalchemy as sa
 from sqlalchemy import Column, Table
 from sqlalchemy.engine import Connection, Engine
 
-from service.errors import InvalidRequestError, NotFoundError, ServiceError
-from service.tables import SCHEMA_VERSION, epoch_now, metadata, schema_version, tenants
+from service.errors import InvalidRequestError, NotFoundError
+from service.schema import DatabaseSetupError, bring_up
+from service.tables import epoch_now, tenants
 
 Item = TypeVar("Item")
-
-
-class DatabaseSetupError(ServiceError):
-    """The url is unusable, or another version of this service wrote the database; start-up stops."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +58,21 @@ class Database:
         with self._engine.connect() as connection:
             yield connection
 
+    def scrub(self) -> bool:
+        """Leave nothing of what was deleted in SQLite's files: its pages are overwritten when they are freed, and here
+        the log of earlier writes is emptied. False while a reader needs the log. (Postgres: when it vacuums.)"""
+        if not self._is_sqlite:
+            return True
+        with self._writer, self._engine.connect() as connection:
+            driver = connection.connection.dbapi_connection
+            assert driver is not None
+            driver.execute("PRAGMA busy_timeout=1000")
+            try:
+                busy, _, _ = driver.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            finally:
+                driver.execute(f"PRAGMA busy_timeout={_BUSY_MILLISECONDS}")
+        return not busy
+
     @property
     def is_sqlite(self) -> bool:
         return self._is_sqlite
@@ -70,18 +82,22 @@ class Database:
 
 
 def connect(url: str) -> Database:
-    """Open (and, when empty, create) the database at `sqlite:///path` or `postgresql://…`.
+    """Open the database at `sqlite:///path` or `postgresql://…`, with this program's schema.
 
-    Raises DatabaseSetupError when the url is neither or the schema is of another version.
+    Raises DatabaseSetupError when the url is neither, or the schema is a newer program's.
     """
-    engine = _postgres(url) if url.startswith("postgres") else _sqlite(url)
-    database = Database(engine)
+    engine = open_engine(url)
     try:
-        _ensure_schema(database)
+        bring_up(engine)
     except Exception:
-        database.close()
+        engine.dispose()
         raise
-    return database
+    return Database(engine)
+
+
+def open_engine(url: str) -> Engine:
+    """As it is, whatever its schema."""
+    return _postgres(url) if url.startswith("postgres") else _sqlite(url)
 
 
 def new_id(prefix: str, *, num_characters: int = 24) -> str:
@@ -132,6 +148,7 @@ def _postgres(url: str) -> Engine:
     return sa.create_engine(f"{driver}://{rest}", pool_pre_ping=True, pool_size=10, hide_parameters=True)
 
 
+_BUSY_MILLISECONDS = 30_000
 _MAX_CONNECTIONS = 50
 """Kept open once they were needed: more than the threads that answer requests, since opening one takes milliseconds."""
 
@@ -149,26 +166,16 @@ def _sqlite(url: str) -> Engine:
 
 def _prepare_sqlite(connection: Any, record: Any) -> None:
     connection.isolation_level = None  # transactions are begun by _begin_sqlite, not by the driver
-    for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    for pragma in (
+        f"busy_timeout={_BUSY_MILLISECONDS}",
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "foreign_keys=ON",
+        "secure_delete=ON",  # what was deleted is not to be found in free pages
+    ):
         connection.execute(f"PRAGMA {pragma}")
 
 
 def _begin_sqlite(connection: Connection) -> None:
     mode = connection.get_execution_options().get("sqlite_begin", "DEFERRED")
     connection.exec_driver_sql(f"BEGIN {mode}")
-
-
-def _ensure_schema(database: Database) -> None:
-    with database.begin() as connection:
-        if not database.is_sqlite:  # two replicas may start at once
-            connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7007468)")
-        if not sa.inspect(connection).has_table(schema_version.name):
-            metadata.create_all(connection)
-            connection.execute(schema_version.insert().values(version=SCHEMA_VERSION))
-            return
-        found = connection.execute(sa.select(schema_version.c.version)).scalar()
-        if found != SCHEMA_VERSION:
-            raise DatabaseSetupError(
-                f"The database has schema version {found}, this program needs {SCHEMA_VERSION}: "
-                "start the version that wrote it, or point to another database."
-            )

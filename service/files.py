@@ -162,6 +162,12 @@ class Files:
             if self._filesystem.exists(path):
                 self._filesystem.rm_file(path)
 
+    def discard_all(self, tenant_id: str) -> None:
+        """Remove the content of a deleted tenant's files, also of those that never got a row."""
+        path = self._path(tenant_id)
+        if self._filesystem.isdir(path):
+            self._filesystem.rm(path, recursive=True)
+
     def _write(self, key: str, chunks: Iterable[bytes]) -> None:
         if isinstance(self._filesystem, LocalFileSystem):
             write_file(Path(self._path(key)), chunks)

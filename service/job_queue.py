@@ -222,6 +222,18 @@ class JobQueue:
             model = active_model(connection, job.tenant_id, job.spec.alias)
             return None if model is None else find_version(connection, job.tenant_id, model)
 
+    def exists(self, job_id: str) -> bool:
+        """Not after its tenant was deleted."""
+        with self._database.read() as connection:
+            return connection.execute(sa.select(jobs.c.id).where(jobs.c.id == job_id)).scalar() is not None
+
+    def without_version(self, digests: Sequence[str]) -> list[str]:
+        """Those that no row speaks of."""
+        query = sa.select(adapter_versions.c.digest).where(adapter_versions.c.digest.in_(digests))
+        with self._database.read() as connection:
+            used = set(connection.execute(query).scalars())
+        return [digest for digest in digests if digest not in used]
+
     def max_lease_age_seconds(self) -> float:
         """Seconds since the stalest running job's last heartbeat; 0 when none runs."""
         oldest = sa.func.min(jobs.c.lease_renewed_at)

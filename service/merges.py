@@ -7,7 +7,7 @@ directory `{merged}/{id}` is there for readers once the row says `succeeded`; di
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from math import prod
@@ -112,6 +112,11 @@ class Merges:
             merge = _get(connection, tenant_id, merge_id)
             connection.execute(merges.delete().where(merges.c.id == merge.id))
         shutil.rmtree(self.directory(merge), ignore_errors=True)
+
+    def discard(self, merge_ids: Iterable[str]) -> None:
+        """The directories of merges whose rows are gone."""
+        for merge_id in merge_ids:
+            shutil.rmtree(self._directory / merge_id, ignore_errors=True)
 
     def directory(self, merge: Merge) -> Path:
         return self._directory / merge.id

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from adapters.durable import write_file
@@ -25,6 +24,8 @@ class ResumePoints:
 
     def save(self, job_id: str, attempt: int, state: dict[str, Any]) -> str:
         """Write the state durably, in place of this attempt's last one; the reference that `load` takes."""
+        import torch  # here, so that who only discards does without it
+
         reference = f"{job_id}/attempt-{attempt:06d}.pt"
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -36,6 +37,8 @@ class ResumePoints:
 
     def load(self, reference: str) -> dict[str, Any]:
         """Raises StoreError when the state is gone or damaged."""
+        import torch
+
         try:
             with self._filesystem.open(f"{self._root}/{reference}", "rb") as stream:
                 state: dict[str, Any] = torch.load(io.BytesIO(stream.read()), weights_only=True, map_location="cpu")

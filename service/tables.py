@@ -1,4 +1,5 @@
-"""Every table, and the SQL of the database's own clock. Knows no connection; a change raises `SCHEMA_VERSION`."""
+"""Every table, and the SQL of the database's own clock. Knows no connection; a change needs a step in
+`service.migrations`."""
 
 from __future__ import annotations
 
@@ -9,16 +10,20 @@ from sqlalchemy import Boolean, Column, Float, ForeignKey, Index, Integer, Strin
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
-SCHEMA_VERSION = 1
-
-metadata = sa.MetaData()
+metadata = sa.MetaData(
+    naming_convention={
+        "ix": "ix_%(column_0_label)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+"""Every constraint has a name, by which a migration can change it."""
 
 
 def _tenant_column(**options: Any) -> Column[str]:
     return Column("tenant_id", ForeignKey("tenants.id", ondelete="CASCADE"), nullable=False, **options)
 
-
-schema_version = Table("schema_version", metadata, Column("version", Integer, primary_key=True))
 
 tenants = Table(
     "tenants",
@@ -521,6 +526,15 @@ audit_log = Table(
     sqlite_autoincrement=True,
 )
 """Append-only: who changed tenants, keys and limits. No foreign key: it outlives the tenant. No secrets."""
+
+removals = Table(
+    "removals",
+    metadata,
+    Column("tenant_id", String(64), primary_key=True),
+    Column("left_behind", sa.JSON, nullable=False),
+    Column("removed_at", Float(53), nullable=False),
+)
+"""Deleted tenants whose things outside the database are not removed yet (`service.tenant_removal`). Ids, no names."""
 
 
 class epoch_now(FunctionElement[float]):

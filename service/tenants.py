@@ -6,7 +6,7 @@ import builtins
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -16,7 +16,7 @@ from service.database import Database, database_now, lock_tenant, new_id
 from service.errors import InvalidRequestError, NotFoundError
 from service.keys import Key, Role, alive, end_keys, end_others, get_key, issue, key_id, keys_of, matches
 from service.quotas import LIMIT_COLUMNS, TenantLimits, limits_in, limits_of, set_limits
-from service.tables import adapter_versions, api_keys, files, tenant_limits, tenants
+from service.tables import adapter_versions, api_keys, epoch_now, jobs, merges, removals, tenant_limits, tenants
 from service.usage_rows import without_names
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -40,12 +40,26 @@ class Access:
 
 
 @dataclass(frozen=True)
-class RemovedTenant:
-    """What the tenant leaves behind outside the database, for the caller to remove."""
+class LeftBehind:
+    """What a deleted tenant leaves outside the database: all its jobs and merges, the adapters that were its alone."""
 
-    tenant: Tenant
-    storage_keys: tuple[str, ...]
+    tenant_id: str
+    jobs: tuple[str, ...]
     digests: tuple[str, ...]
+    merges: tuple[str, ...]
+
+    @classmethod
+    def of(cls, tenant_id: str, row: Mapping[str, list[str]]) -> Self:
+        return cls(tenant_id, *(tuple(row[name]) for name in ("jobs", "digests", "merges")))
+
+    def as_row(self) -> dict[str, list[str]]:
+        return {"jobs": list(self.jobs), "digests": list(self.digests), "merges": list(self.merges)}
+
+
+@dataclass(frozen=True)
+class RemovedTenant:
+    tenant: Tenant
+    left: LeftBehind
 
 
 class Tenants:
@@ -81,17 +95,23 @@ class Tenants:
             return _get(connection, tenant_id)
 
     def delete(self, tenant_id: str) -> RemovedTenant:
-        """Its keys, files, jobs, models and aliases go with it, in one transaction."""
+        """Every row of its own goes with it, in one transaction; what else there is of it `service.tenant_removal`
+        removes, for which it is written down."""
         with self._database.begin() as connection:
             lock_tenant(connection, tenant_id)
             tenant = _get(connection, tenant_id)
-            keys = connection.execute(sa.select(files.c.storage_key).where(files.c.tenant_id == tenant_id))
-            storage_keys = tuple(keys.scalars())
-            digests = tuple(connection.execute(_digests_of_nobody_else(tenant_id)).scalars())
+            left = LeftBehind(
+                tenant_id,
+                jobs=_ids(connection, sa.select(jobs.c.id).where(jobs.c.tenant_id == tenant_id)),
+                digests=_ids(connection, _digests_of_nobody_else(tenant_id)),
+                merges=_ids(connection, sa.select(merges.c.id).where(merges.c.tenant_id == tenant_id)),
+            )
             connection.execute(tenants.delete().where(tenants.c.id == tenant_id))
+            to_do = {"tenant_id": tenant_id, "left_behind": left.as_row(), "removed_at": epoch_now()}
+            connection.execute(removals.insert().values(to_do))
             without_names(connection, tenant_id)
             record(connection, ADMINISTRATOR, "tenant.delete", tenant_id)
-        return RemovedTenant(tenant, storage_keys, digests)
+        return RemovedTenant(tenant, left)
 
     # -- limits -----------------------------------------------------------------------------------------------
 
@@ -189,6 +209,10 @@ class Tenants:
 
 
 _LIMITS_OF_TENANT = tenant_limits.c.tenant_id == tenants.c.id
+
+
+def _ids(connection: Connection, query: sa.Select[Any]) -> tuple[str, ...]:
+    return tuple(connection.execute(query).scalars())
 
 
 def _digests_of_nobody_else(tenant_id: str) -> sa.Select[Any]:

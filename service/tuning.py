@@ -114,6 +114,7 @@ class TuningRun:
         self._facts: Mapping[str, Any] | None = None
         self._saved_at = time.monotonic()
         self._num_reported = 0
+        self._published: list[str] = []
 
     def execute(self) -> Outcome:
         """Bring the job to an end, or give it back. Whatever goes wrong ends here, in the job's row or the log."""
@@ -131,6 +132,8 @@ class TuningRun:
             outcome = self._fail(error)
         if outcome in (Outcome.SUCCEEDED, Outcome.FAILED, Outcome.CANCELLED):
             self._services.resume_points.discard(self._job.id)
+        if outcome is Outcome.LOST:
+            self._vanish_with_job()
         self._trainer = self._probe = None
         give_back()
         return outcome
@@ -295,7 +298,9 @@ class TuningRun:
             write_adapter(Path(directory), weights, base_name=base.name, base=base.signature)
             if made is not None:
                 write_reference(Path(directory), made.reference)
-            return self._services.store.publish(Path(directory))
+            digest = self._services.store.publish(Path(directory))
+        self._published.append(digest)
+        return digest
 
     def _succeed(
         self,
@@ -416,6 +421,17 @@ class TuningRun:
         except FencedWriteError:
             return Outcome.LOST
         return Outcome.PAUSED if reason is StopReason.PAUSED else Outcome.SHUTDOWN
+
+    def _vanish_with_job(self) -> None:
+        """Where the job was deleted with its tenant, what this attempt wrote goes as well."""
+        try:
+            if self._services.queue.exists(self._job.id):
+                return
+            self._services.resume_points.discard(self._job.id)
+            for digest in self._services.queue.without_version(self._published):
+                self._services.store.delete(digest)
+        except Exception:
+            logger.exception("tuning.not_erased", extra=self._ids())
 
     def _fail(self, error: Exception) -> Outcome:
         """Write why. The tenant's own mistakes are told in full, ours only to the log."""

@@ -91,6 +91,7 @@ class FakeEngine:
     requests: list[GenerationRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     retired: list[str] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
     embedding_size: int | None = 8
     most_running: int = 0
     num_running: int = 0
@@ -160,6 +161,9 @@ class FakeEngine:
     def retire(self, digest: str) -> None:
         self.retired.append(digest)
 
+    def forget_tenant(self, tenant: str) -> None:
+        self.forgotten.append(tenant)
+
     def stats(self) -> EngineStats:
         return EngineStats(
             num_running=self.num_running,
@@ -190,6 +194,9 @@ class FakeEngine:
         budget = sampling.max_tokens or self.base.max_model_len - len(request.prompt_token_ids)
         for number in range(budget):
             await asyncio.sleep(0.001 if self.endless else 0)
+            if request.tenant in self.forgotten:
+                yield self._chunk(request, "", number, FinishReason.ERROR, error="the tenant was deleted")
+                return
             if number == self.fails_after or request.adapter in self.failing_adapters:
                 yield self._chunk(request, "", number, FinishReason.ERROR, error="the adapter is damaged")
                 return

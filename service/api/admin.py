@@ -10,7 +10,6 @@ from pydantic import Field
 from service.api.auth import AdminDep
 from service.api.json_body import JsonRoute
 from service.api.keys import KeyRequest, RotateRequest, key_body
-from service.api.models import retire
 from service.api.pages import After, Limit, list_body, only_query
 from service.api.services import ServicesDep
 from service.api.wire import WireModel
@@ -80,16 +79,10 @@ def _change(tenant_id: str, changes: dict[str, int | None], services: ServicesDe
 
 @router.delete("/tenants/{tenant_id}")
 def delete_tenant(tenant_id: str, _: AdminDep, services: ServicesDep) -> dict[str, Any]:
-    """Its keys stop working at once; files, jobs, models and aliases are gone with it."""
-    removed = services.tenants.delete(tenant_id)
-    services.files.discard(removed.storage_keys)
-    for digest in removed.digests:
-        retire(services, digest)
-    if services.drift is not None:
-        services.drift.forget_deleted(tenant_id)
-    services.metrics.forget_tenant(tenant_id)
-    services.rate_limits.forget(tenant_id)
-    return {"id": tenant_id, "object": "tenant", "deleted": True}
+    """Its keys stop working at once, its answers and jobs end, and all that it had is gone. `erased` is false when a
+    part of it outside the database could not be removed yet: that is tried again until it is."""
+    erased = services.removal.remove(tenant_id)
+    return {"id": tenant_id, "object": "tenant", "deleted": True, "erased": erased}
 
 
 @router.get("/tenants/{tenant_id}/keys", dependencies=[Depends(only_query())])

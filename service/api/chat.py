@@ -39,10 +39,10 @@ async def create_chat_completion(
     ask = await run_in_threadpool(_understand, body, who, access.tenant, services)
     calls: CallSyntax | None = None
     if body.may_call:
-        grammar, calls = await tool_grammar(body, services.tool_format, services.grammars)
+        grammar, calls = await tool_grammar(body, services.tool_format, services.grammars.of(access.tenant.id))
         ask = replace(ask, grammar=grammar)
     elif source := await run_in_threadpool(format_source, body.response_format, body.structured_outputs):
-        ask = replace(ask, grammar=await services.grammars.compile(source))
+        ask = replace(ask, grammar=await services.grammars.of(access.tenant.id).compile(source))
     if not any(message.role == "assistant" for message in body.messages):
         ask = replace(ask, turn=Turn(who.name, expects_json=body.expects_json))
     return await answer(request, services, access, ask, ChatShape(ask.head, body.include_usage, calls))

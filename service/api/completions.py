@@ -46,7 +46,7 @@ async def create_completion(
     ask, source = await run_in_threadpool(_understand, body, who, access.tenant, services)
     ask = replace(ask, turn=Turn(who.name, expects_json=body.expects_json))
     if source is not None:
-        ask = replace(ask, grammar=await services.grammars.compile(source))
+        ask = replace(ask, grammar=await services.grammars.of(access.tenant.id).compile(source))
     return await answer(request, services, access, ask, CompletionShape(ask.head, body.include_usage))
 
 

@@ -59,6 +59,14 @@ OPERATIONS = {
 """Prefix of the path -> the metric label `operation`."""
 OTHER_OPERATION = "other"
 
+SECURITY_HEADERS = {
+    "cache-control": "no-store",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+}
+"""Of every answer: nobody between keeps it, and no browser makes a page of what a tenant wrote. (HSTS is for whoever
+terminates TLS; no CORS header is ever sent.)"""
+
 
 class RequestMiddleware:
     """Outermost of the API app: sets `request.state.request_id`, `.trace_id`, `.arrival` and `.trace`, and answers
@@ -156,6 +164,8 @@ class _Exchange:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
+            for name, value in SECURITY_HEADERS.items():
+                headers.setdefault(name, value)
             headers["x-request-id"] = self.state["request_id"]
             headers["x-trace-id"] = self.state["trace_id"]
             if (rate_headers := self.state.get("rate_headers")) is not None:

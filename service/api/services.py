@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from service.registry import Registry
     from service.retraining import Retraining
     from service.rollout import Rollout
+    from service.tenant_removal import TenantRemoval
     from service.tenants import Tenants
     from service.usage_book import UsageBook
     from service.usage_report import UsageReport
@@ -56,6 +57,7 @@ class Services:
     usage_report: UsageReport
     rate_limits: RateLimits
     audit: Audit
+    removal: TenantRemoval
     merges: Merges | None = None
     drift: DriftWatch | None = None
 

@@ -11,12 +11,12 @@ from service.api.tool_parser import CallSyntax
 from service.engine import grammar_source
 from service.engine.errors import GrammarsUnavailableError
 from service.engine.grammar import AnyGrammar, Grammar
-from service.engine.grammar_compiler import GrammarCompiler
+from service.engine.grammar_compiler import TenantGrammars
 from service.engine.triggered_grammar import TriggeredGrammar
 
 
 async def tool_grammar(
-    body: ChatRequest, tool_format: ToolFormat, grammars: GrammarCompiler
+    body: ChatRequest, tool_format: ToolFormat, grammars: TenantGrammars
 ) -> tuple[AnyGrammar | None, CallSyntax]:
     """The grammar, and how the answer's calls are read.
 
@@ -41,7 +41,7 @@ async def tool_grammar(
     return grammar, CallSyntax(tool_format, names, body.must_call)
 
 
-async def _argument_grammars(body: ChatRequest, grammars: GrammarCompiler) -> dict[str, Grammar]:
+async def _argument_grammars(body: ChatRequest, grammars: TenantGrammars) -> dict[str, Grammar]:
     """Of each function whose arguments are bound; compiled one by one, so that a complaint names its schema."""
     found = {}
     for index, function in body.callable_functions:
@@ -52,7 +52,7 @@ async def _argument_grammars(body: ChatRequest, grammars: GrammarCompiler) -> di
     return found
 
 
-async def _triggered(body: ChatRequest, tool_format: ToolFormat, grammars: GrammarCompiler) -> AnyGrammar | None:
+async def _triggered(body: ChatRequest, tool_format: ToolFormat, grammars: TenantGrammars) -> AnyGrammar | None:
     try:
         call = await grammars.compile(await run_in_threadpool(tool_format.call_grammar, body.callable_functions))
     except GrammarsUnavailableError:

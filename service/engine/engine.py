@@ -29,7 +29,7 @@ from service.engine.crash_limit import CrashLimit
 from service.engine.detokenizer import TokenBytes
 from service.engine.device import decoding_stream, is_lost
 from service.engine.engine_config import EngineConfig
-from service.engine.intake import Abort, Command, Intake, Retire, Submit
+from service.engine.intake import Abort, Command, Forget, Intake, Retire, Submit
 from service.engine.machinery import Machinery
 from service.engine.observation import EngineObserver, EngineStats
 from service.engine.open_requests import Ending, OpenRequests
@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 MAX_CRASHES, CRASH_WINDOW_SECONDS = 3, 60.0
 MAX_STEP_SECONDS = 5.0
 """When shutting down, the last step may take no longer."""
+
+_TENANT_IS_GONE = Ending(FinishReason.ERROR, "the tenant was deleted")
 
 
 class Engine(ServingEngine):
@@ -82,6 +84,7 @@ class Engine(ServingEngine):
         self._machinery = self._build()
         self._crashes = CrashLimit(MAX_CRASHES, CRASH_WINDOW_SECONDS)
         self._token_bytes = TokenBytes(base.tokenizer)
+        self._forgotten: set[str] = set()
         self._restarting = False
         self._error: str | None = None
         self._steps = self._preemptions = self._num_restarts = 0
@@ -124,6 +127,9 @@ class Engine(ServingEngine):
 
     def retire(self, digest: str) -> None:
         self._intake.post(Retire(digest))
+
+    def forget_tenant(self, tenant: str) -> None:
+        self._intake.post(Forget(tenant))
 
     def stats(self) -> EngineStats:
         """The picture after the last step; only `busy_since` is of now, so that a step that hangs can be seen."""
@@ -212,11 +218,19 @@ class Engine(ServingEngine):
             case Submit(sequence=sequence):
                 self._requests.add(command)
                 self._machinery.scheduler.add(sequence)
+                if sequence.request.tenant in self._forgotten:  # it was on its way when its tenant was deleted
+                    self._finish(sequence, _TENANT_IS_GONE)
             case Abort(request_id=request_id):
                 if (found := self._requests.find(request_id)) is not None:
                     self._finish(found, Ending(FinishReason.ABORT))
             case Retire(digest=digest):
                 self._machinery.residency.retire(digest)
+            case Forget(tenant=tenant):
+                self._forgotten.add(tenant)
+                for sequence in self._requests.sequences():
+                    if sequence.request.tenant == tenant:
+                        self._finish(sequence, _TENANT_IS_GONE)
+                self._machinery.forget_tenant(tenant)
 
     def _step(self) -> None:
         """Schedule, run, post-process."""

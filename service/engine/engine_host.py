@@ -17,7 +17,7 @@ from service.engine.errors import EngineError
 from service.engine.grammar import Grammar
 from service.engine.grammar_compiler import GrammarCompiler
 from service.engine.grammar_source import GrammarOrder
-from service.engine.intake import Abort, Retire
+from service.engine.intake import Abort, Forget, Retire
 from service.engine.line import Line
 from service.engine.messages import Ask, Chunks, Happened, Pulse, Ready, Stop
 from service.engine.observation import EngineStats
@@ -99,6 +99,9 @@ class EngineHost:
                 engine.abort(request_id)
             case Retire(digest=digest):
                 engine.retire(digest)
+            case Forget(tenant=tenant):  # what is being compiled for it is refused by the engine
+                engine.forget_tenant(tenant)
+                grammars.forget(tenant)
 
     def _compile(
         self, engine: ServingEngine, grammars: GrammarCompiler, request: GenerationRequest, order: GrammarOrder

@@ -8,6 +8,7 @@ import logging
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Protocol, cast
 
 import llguidance.hf
@@ -39,8 +40,11 @@ class HasTokenizer(Protocol):
     def eos_token_ids(self) -> frozenset[int]: ...
 
 
+_Key = tuple[str, str, str]
+
+
 class GrammarCompiler:
-    """One compilation per distinct source, however many ask at once; the least recently used go first.
+    """One compilation per tenant and distinct source, however many ask at once; the least recently used go first.
 
     A compilation cannot be killed, but llguidance's limits end it; the time limit is for whoever waits.
     """
@@ -49,12 +53,21 @@ class GrammarCompiler:
         self._tokenizer = _tokenizer(base)
         self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="grammar")
         self._lock = threading.Lock()
-        self._cached: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
-        self._pending: dict[tuple[str, str], Future[Grammar]] = {}
+        self._cached: OrderedDict[_Key, Grammar] = OrderedDict()
+        self._pending: dict[_Key, Future[Grammar]] = {}
         self.num_compiled = 0
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def of(self, tenant: str) -> TenantGrammars:
+        return TenantGrammars(self, tenant)
+
+    def forget(self, tenant: str) -> None:
+        """A deleted tenant."""
+        with self._lock:
+            for key in [key for key in self._cached if key[0] == tenant]:
+                del self._cached[key]
 
     async def compile(self, source: GrammarSource, time_limit_seconds: float = TIME_LIMIT_SECONDS) -> Grammar:
         """The compiled grammar.
@@ -84,7 +97,7 @@ class GrammarCompiler:
                 f"'{source.param}' cannot be kept to: this base's tokenizer cannot be used with grammars",
                 param=source.param,
             )
-        key = (source.kind, source.text)
+        key = _key(source)
         with self._lock:
             if key in self._cached:
                 self._cached.move_to_end(key)
@@ -96,7 +109,7 @@ class GrammarCompiler:
             return self._pending[key]
 
     def _compile(self, source: GrammarSource, tokenizer: LLTokenizer) -> Grammar:
-        key = (source.kind, source.text)
+        key = _key(source)
         try:
             grammar = Grammar.compile(source, tokenizer)
             with self._lock:
@@ -109,8 +122,24 @@ class GrammarCompiler:
                 del self._pending[key]
 
     def _shrink(self) -> None:
-        while len(self._cached) > MAX_CACHED or sum(len(text) for _, text in self._cached) > MAX_CACHED_BYTES:
+        while len(self._cached) > MAX_CACHED or sum(len(key[-1]) for key in self._cached) > MAX_CACHED_BYTES:
             self._cached.popitem(last=False)
+
+
+class TenantGrammars:
+    """The compiler as one tenant uses it."""
+
+    def __init__(self, compiler: GrammarCompiler, tenant: str) -> None:
+        self._compiler = compiler
+        self._tenant = tenant
+
+    async def compile(self, source: GrammarSource) -> Grammar:
+        """Raises as `GrammarCompiler.compile`."""
+        return await self._compiler.compile(replace(source, tenant=self._tenant))
+
+
+def _key(source: GrammarSource) -> _Key:
+    return (source.tenant, source.kind, source.text)
 
 
 def _hear_out(waiting: asyncio.Future[Grammar]) -> None:

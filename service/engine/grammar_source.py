@@ -50,11 +50,15 @@ class GrammarKind(StrEnum):
 
 @dataclass(frozen=True)
 class GrammarSource:
-    """A grammar as text, within bounds. `param` is the request's field to blame when it cannot be compiled."""
+    """A grammar as text, within bounds. `param` is the request's field to blame when it cannot be compiled.
+
+    `tenant` is who asked: what is compiled for one is not kept for another, who could tell by the time it takes.
+    """
 
     kind: GrammarKind
     text: str
     param: str
+    tenant: str = ""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,14 @@ class Retire:
     digest: str
 
 
-Command = Submit | Abort | Retire
+@dataclass(frozen=True)
+class Forget:
+    """A deleted tenant. Its id is never given to another."""
+
+    tenant: str
+
+
+Command = Submit | Abort | Retire | Forget
 
 
 class Intake:
@@ -67,7 +74,7 @@ class Intake:
             self._arriving[tenant] += 1
             self._condition.notify_all()
 
-    def post(self, command: Abort | Retire) -> None:
+    def post(self, command: Abort | Retire | Forget) -> None:
         with self._condition:
             if not self.stopped:
                 self._inbox.append(command)

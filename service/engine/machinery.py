@@ -69,6 +69,12 @@ class Machinery:
             self.residency.release(sequence)
         return True
 
+    def forget_tenant(self, tenant: str) -> None:
+        """Of a tenant that has no sequence any more nothing is left."""
+        self.scheduler.counters.forget(tenant)
+        if self.residency.prefixes is not None:
+            self.residency.prefixes.drop_tenant(tenant)
+
     def close(self) -> None:
         """Give the memory back. Nothing can be computed with it any more."""
         self.residency.close()

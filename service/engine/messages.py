@@ -1,7 +1,7 @@
 """What the API's process and the engine's tell each other. Both run the same code, so a message is a pickled value.
 
-To the engine: Ask, Abort, Retire (as within the engine's own process) and Stop. From it: Ready or NotStarted first,
-then Chunks, Happened and Pulse.
+To the engine: Ask, Abort, Retire, Forget (as within the engine's own process) and Stop. From it: Ready or NotStarted
+first, then Chunks, Happened and Pulse.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from service.engine.base_description import BaseDescription
 from service.engine.grammar_source import GrammarOrder
-from service.engine.intake import Abort, Retire
+from service.engine.intake import Abort, Forget, Retire
 from service.engine.observation import EngineStats
 from service.engine.sequence import GenerationRequest, OutputChunk
 
@@ -69,5 +69,5 @@ class Pulse:
     stats: EngineStats
 
 
-ToEngine = Ask | Abort | Retire | Stop
+ToEngine = Ask | Abort | Retire | Forget | Stop
 FromEngine = Ready | NotStarted | Chunks | Happened | Pulse

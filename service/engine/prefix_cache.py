@@ -109,6 +109,15 @@ class PrefixCache:
         for key in [key for key in self._roots if key[1] == adapter]:
             self._evict(self._roots.pop(key))
 
+    def drop_tenant(self, tenant: str) -> None:
+        """Forget what was computed for a deleted tenant; everything, where tenants share: nobody knows whose it is."""
+        for key in [key for key in self._roots if key[0] in (None, tenant)]:
+            self._evict(self._roots.pop(key))
+
+    def tenants(self) -> set[str | None]:
+        """Whose blocks are kept; None where tenants share."""
+        return {key[0] for key in self._roots}
+
     def check_integrity(self, is_idle: bool) -> None:
         """Every block belongs to one node that can be reached, and when idle nobody is being waited for."""
         reached = [node for root in self._roots.values() for node in _subtree(root) if node.row is not None]

@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from service.engine.crash_limit import CrashLimit
 from service.engine.engine_process import EngineProcess
 from service.engine.errors import BaseModelError, EngineDeadError
-from service.engine.intake import Abort, Retire
+from service.engine.intake import Abort, Forget, Retire
 from service.engine.messages import Ask, Chunks, Happened, NotStarted, Pulse, Ready, Stop, ToEngine
 from service.engine.observation import EngineStats
 from service.engine.sequence import FinishReason, GenerationRequest, OutputChunk
@@ -88,6 +88,9 @@ class RemoteEngine(ServingEngine):
 
     def retire(self, digest: str) -> None:
         self._outgoing.put(Retire(digest))
+
+    def forget_tenant(self, tenant: str) -> None:
+        self._outgoing.put(Forget(tenant))
 
     @property
     def num_open(self) -> int:

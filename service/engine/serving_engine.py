@@ -52,6 +52,11 @@ class ServingEngine(ABC):
         """A deleted adapter: running sequences finish on it, then its slot is free."""
 
     @abstractmethod
+    def forget_tenant(self, tenant: str) -> None:
+        """A deleted tenant: its running and waiting sequences end with an error, as does whatever still comes in its
+        name, and what was computed for it is dropped."""
+
+    @abstractmethod
     def stats(self) -> EngineStats:
         """The picture after one of the last steps; `busy_since` shows a step that hangs."""
 

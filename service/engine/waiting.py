@@ -33,6 +33,9 @@ class TokenCounters:
     def served(self, tenant: str) -> float:
         return self._served.get(tenant, 0.0)
 
+    def forget(self, tenant: str) -> None:
+        self._served.pop(tenant, None)
+
     def forget_idle(self, active: set[str]) -> None:
         """Keep the table as small as the set of active tenants, plus the highest mark for those who return."""
         self._served = {t: v for t, v in self._served.items() if t in active}

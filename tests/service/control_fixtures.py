@@ -26,7 +26,8 @@ from service.job import Claim, Job, JobSpec, JobStatus
 from service.job_queue import JobQueue
 from service.jobs import Idempotency, Jobs
 from service.registry import BaseIdentity, Registry
-from service.tables import SCHEMA_VERSION, jobs
+from service.schema import HEAD
+from service.tables import jobs
 from service.tenants import Tenant, Tenants
 
 __all__ = ["control", "database", "database_url", "postgres_server", "postgres_url"]
@@ -168,8 +169,8 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
     url: str = request.getfixturevalue("postgres_url")
     yield url
     with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute("TRUNCATE tenants, usage_hours, usage_entries, audit_log RESTART IDENTITY CASCADE")
-        connection.execute("UPDATE schema_version SET version = %s", (SCHEMA_VERSION,))
+        connection.execute("TRUNCATE tenants, usage_hours, usage_entries, audit_log, removals RESTART IDENTITY CASCADE")
+        connection.execute("UPDATE alembic_version SET version_num = %s", (HEAD,))
 
 
 @pytest.fixture

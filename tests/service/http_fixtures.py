@@ -28,6 +28,7 @@ from service.api.ops import create_ops_app
 from service.api.services import Services
 from service.api.tool_format import ToolFormat
 from service.app import create_app
+from service.archive import Archive
 from service.audit import Audit
 from service.config import Settings
 from service.data_reports import DataReports
@@ -49,6 +50,7 @@ from service.retraining import Retraining
 from service.retraining_data import RetrainingFiles
 from service.retraining_worker import RetrainingWorker
 from service.rollout import Rollout, open_rollout
+from service.tenant_removal import removal_in
 from service.usage_book import open_books
 from service.usage_report import UsageReport
 from tests.fakes import FakeEngine
@@ -170,12 +172,31 @@ def serve_fake(directory: Path, monitors: Monitors | None = None, **settings: ob
         retraining = Retraining(database, control.registry, control.jobs, metrics)
         builder = RetrainingFiles(control.files, engine.base, engine.base.max_model_len)
         proposing = RetrainingWorker(retraining, control.files, builder, data_reports, estimates)
+        drift = (
+            None
+            if monitors is None
+            else stack.enter_context(
+                open_drift(
+                    database,
+                    store,
+                    cast(Engine, engine),
+                    metrics,
+                    chosen,
+                    monitors=monitors,
+                    listeners=[retraining.drift_changed],
+                )
+            )
+        )
+        grammars = stack.enter_context(closing(GrammarCompiler(cast(BaseModel, engine.base))))
+        rate_limits = RateLimits()
+        archive = Archive(database, control.files, store, str(directory))
+        removal = removal_in(archive, None, cast(Engine, engine), metrics, drift, grammars, data_reports, rate_limits)
         services = Services(
             settings=chosen,
             admin_key=SecretStr(ADMIN_KEY),
             base=cast(BaseModel, engine.base),
             engine=cast(Engine, engine),
-            grammars=stack.enter_context(closing(GrammarCompiler(cast(BaseModel, engine.base)))),
+            grammars=grammars,
             tool_format=ToolFormat.of(engine.base),
             metrics=metrics,
             tenants=control.tenants,
@@ -188,24 +209,13 @@ def serve_fake(directory: Path, monitors: Monitors | None = None, **settings: ob
             rollout=stack.enter_context(
                 open_rollout(database, control.registry, cast(Engine, engine), metrics, chosen, retraining)
             ),
-            drift=None
-            if monitors is None
-            else stack.enter_context(
-                open_drift(
-                    database,
-                    store,
-                    cast(Engine, engine),
-                    metrics,
-                    chosen,
-                    monitors=monitors,
-                    listeners=[retraining.drift_changed],
-                )
-            ),
+            drift=drift,
             retraining=retraining,
             usage=stack.enter_context(open_books(database)),
             usage_report=UsageReport(database),
-            rate_limits=RateLimits(),
+            rate_limits=rate_limits,
             audit=Audit(database),
+            removal=removal,
         )
         app = create_app(services)
         api_url, ops_url = stack.enter_context(serve_apps(app, create_ops_app(metrics, health)))

@@ -20,6 +20,7 @@ from service.api.ops import create_ops_app
 from service.api.services import Services
 from service.api.tool_format import ToolFormat
 from service.app import create_app
+from service.archive import Archive
 from service.audit import Audit
 from service.config import Settings
 from service.data_reports import DataReports
@@ -36,6 +37,7 @@ from service.metrics import Metrics
 from service.rate_limits import RateLimits
 from service.retraining import Retraining
 from service.rollout import open_rollout
+from service.tenant_removal import removal_in
 from service.tracing.traces import Traces
 from service.usage_book import open_books
 from service.usage_report import UsageReport
@@ -121,6 +123,10 @@ def serve_real(
         stack.callback(engine.shutdown, 0.0)
         grammars = stack.enter_context(closing(GrammarCompiler(base)))
         store = AdapterStore(str(directory / "adapters"), directory / "cache")
+        data_reports = stack.enter_context(closing(DataReports(control.files, base)))
+        watch, rate_limits = stack.enter_context(open_drift(database, store, engine, metrics, settings)), RateLimits()
+        archive = Archive(database, control.files, store, str(directory))
+        removal = removal_in(archive, None, engine, metrics, watch, grammars, data_reports, rate_limits)
         services = Services(
             settings=settings,
             admin_key=SecretStr(ADMIN_KEY),
@@ -131,18 +137,19 @@ def serve_real(
             metrics=metrics,
             tenants=control.tenants,
             files=control.files,
-            data_reports=stack.enter_context(closing(DataReports(control.files, base))),
+            data_reports=data_reports,
             jobs=control.jobs,
             registry=control.registry,
             estimates=Estimates(control.files, store, control.jobs, base, max_rank=64),
             store=store,
             rollout=stack.enter_context(open_rollout(database, control.registry, engine, metrics, settings)),
-            drift=stack.enter_context(open_drift(database, store, engine, metrics, settings)),
+            drift=watch,
             retraining=Retraining(database, control.registry, control.jobs, metrics),
             usage=stack.enter_context(open_books(database)),
             usage_report=UsageReport(database),
-            rate_limits=RateLimits(),
+            rate_limits=rate_limits,
             audit=Audit(database),
+            removal=removal,
         )
         tuned = control.publish(suffix="tuned", digest=ADAPTER)
         ops = create_ops_app(metrics, health)

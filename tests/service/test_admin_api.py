@@ -34,7 +34,7 @@ def test_a_deleted_tenant_is_gone_with_files_models_and_key(served: Served) -> N
     served.client().models.list()
     tenant_id = control.acme.id
     assert served.admin().delete(f"{TENANTS}/{tenant_id}").json() == {
-        "id": tenant_id, "object": "tenant", "deleted": True
+        "id": tenant_id, "object": "tenant", "deleted": True, "erased": True
     }  # fmt: skip
     with pytest.raises(openai.AuthenticationError):
         served.client().models.list()

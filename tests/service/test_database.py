@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from service.database import Database, DatabaseSetupError, connect, database_now, new_id, page_of
 from service.errors import InvalidRequestError
-from service.tables import files, schema_version, tenants
+from service.tables import files, tenants
 
 
 def _insert_tenant(database: Database, name: str) -> None:
@@ -37,13 +37,6 @@ def test_a_block_that_raises_leaves_nothing_written(database: Database) -> None:
         connection.execute(tenants.insert().values(id="t", name="acme", created_at=0.0))
         raise RuntimeError
     assert _names(database) == set()
-
-
-def test_a_database_of_another_schema_version_stops_start_up(database: Database, database_url: str) -> None:
-    with database.begin() as connection:
-        connection.execute(schema_version.update().values(version=99))
-    with pytest.raises(DatabaseSetupError, match="schema version 99"):
-        connect(database_url)
 
 
 def test_a_url_that_is_no_supported_database_is_refused() -> None:

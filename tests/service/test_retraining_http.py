@@ -15,6 +15,7 @@ from pydantic import SecretStr
 from service.api.services import Services
 from service.api.tool_format import ToolFormat
 from service.app import create_app
+from service.archive import Archive
 from service.audit import Audit
 from service.config import Settings
 from service.data_reports import DataReports
@@ -27,6 +28,7 @@ from service.retraining import Retraining
 from service.retraining_data import RetrainingFiles
 from service.retraining_worker import RetrainingWorker
 from service.rollout import open_rollout
+from service.tenant_removal import removal_in
 from service.tuning import Outcome, TuningRun
 from service.usage_book import open_books
 from service.usage_report import UsageReport
@@ -96,6 +98,10 @@ def school(workshop: Workshop) -> Iterator[School]:
             usage_report=UsageReport(control.database),
             rate_limits=RateLimits(),
             audit=Audit(control.database),
+            removal=removal_in(
+                Archive(control.database, control.files, workshop.store, str(control.storage.parent)),
+                *(None, engine, metrics, None),
+            ),
         )
         (url,) = stack.enter_context(serve_apps(create_app(services)))
         headers = {"authorization": f"Bearer {control.acme_key}"}

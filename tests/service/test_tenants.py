@@ -69,9 +69,9 @@ def test_a_deleted_tenant_takes_everything_of_its_own_along_and_nothing_else(con
     control.publish(control.zenith, suffix="shared", alias="best", digest="c" * 64)
     removed = control.tenants.delete(control.acme.id)
     assert removed.tenant == control.acme
-    assert removed.digests == ("a" * 64,)  # zenith still uses the shared one
-    assert len(removed.storage_keys) == 2
-    control.files.discard(removed.storage_keys)
+    assert removed.left.digests == ("a" * 64,)  # zenith still uses the shared one
+    assert len(removed.left.jobs) == 2
+    control.files.discard_all(control.acme.id)
     assert control.tenants.authenticate(control.acme_key) is None
     with control.database.read() as connection:
         for table in (files, jobs, adapter_versions, aliases, api_keys):
