@@ -24,6 +24,11 @@ from service.tables import SCHEMA_VERSION, epoch_now, metadata, schema_version, 
 Item = TypeVar("Item")
 
 
+AWAY = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)
+"""What a statement raises while the database cannot be reached, cannot write, or has no connection free: the same may
+succeed a moment later."""
+
+
 class DatabaseSetupError(ServiceError):
     """The url is unusable, or another version of this service wrote the database; start-up stops."""
 
@@ -78,6 +83,9 @@ def connect(url: str) -> Database:
     database = Database(engine)
     try:
         _ensure_schema(database)
+    except AWAY as error:
+        database.close()
+        raise DatabaseSetupError(f"The database cannot be used: {error.args[0]}") from error
     except Exception:
         database.close()
         raise
@@ -129,8 +137,11 @@ def page_of(
 def _postgres(url: str) -> Engine:
     scheme, rest = url.split("://", 1)
     driver = scheme if "+" in scheme else "postgresql+psycopg"
-    return sa.create_engine(f"{driver}://{rest}", pool_pre_ping=True, pool_size=10, hide_parameters=True)
+    return sa.create_engine(f"{driver}://{rest}", pool_pre_ping=True, pool_size=10, hide_parameters=True, **_PATIENCE)
 
+
+_PATIENCE: dict[str, Any] = {"pool_timeout": 10.0, "connect_args": {"connect_timeout": 5}}
+"""In seconds: a request is refused rather than kept waiting for a server that does not answer."""
 
 _MAX_CONNECTIONS = 50
 """Kept open once they were needed: more than the threads that answer requests, since opening one takes milliseconds."""
