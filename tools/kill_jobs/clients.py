@@ -100,6 +100,8 @@ class Clients:
 
     def _choose(self) -> Recipe:
         *quick, slow = self._recipes
+        if not quick:
+            return slow
         return slow if self._rng.random() < 0.05 else self._rng.choice(quick)
 
     def _look(self, http: httpx.Client, tenant: Tenant) -> int:

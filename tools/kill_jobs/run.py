@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ class KillRun:
         database_url: str | None = None,
         training_jobs: int = 2,
         choice: tuple[Recipe, ...] | None = None,
+        plan: Sequence[str] | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         directory.mkdir(parents=True)
@@ -85,7 +86,7 @@ class KillRun:
         self.kills: Counter[str] = Counter()
         self.not_reached: Counter[str] = Counter()
         self._found: dict[str, Any] = {}
-        self._say = say
+        self._plan, self._say = plan, say
 
     def execute(self, num_kills: int, expected: dict[int, Expected], seconds: float) -> list[str]:
         """Kill so often, finish, and say what is wrong."""
@@ -115,7 +116,9 @@ class KillRun:
         }
 
     def _shuffled(self) -> list[str]:
-        """Each step once, and one kill in five at no step at all."""
+        """Each step once, and one kill in five at no step at all; or what was asked for, in that order."""
+        if self._plan is not None:
+            return list(reversed(self._plan))
         plan = [*STEPS, *[ANY_TIME] * (len(STEPS) // 6), *[STARTING] * (len(STEPS) // 10)]
         self._rng.shuffle(plan)
         return plan
