@@ -22,7 +22,7 @@ from tools.kill_jobs.invariants import Expected, Invariants, taken_up_again
 from tools.kill_jobs.recipes import Recipe, recipes
 from tools.kill_jobs.victims import Nursery, Victim
 
-PATIENCE_SECONDS = 10.0
+PATIENCE_SECONDS = 90.0
 """For a step to be reached; then the kill comes at that moment instead."""
 MAX_LOST_LEASES = 3
 """The queue's: a job is not lost more often in a row, or it fails by design."""

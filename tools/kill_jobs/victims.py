@@ -91,7 +91,7 @@ class Nursery:
         order = {
             "settings": {
                 "port": port, "ops_port": ops_port, "data_dir": str(data_dir), "log_format": "json",
-                "engine_process": False, "quantization": "none", "kv_cache_bytes": "16MiB", "lease_seconds": 1.0,
+                "engine_process": False, "quantization": "none", "kv_cache_bytes": "16MiB", "lease_seconds": 2.0,
                 **settings,
             },
             "environment": {"ROOTSTOCK_TEST_FAULT": fault, "TMPDIR": str(data_dir / "tmp")},
