@@ -19,7 +19,7 @@ def test_after_a_kill_at_each_step_nothing_acknowledged_is_lost(
 ) -> None:
     choice = recipes()[:1]
     expected = undisturbed(born, tmp_path / "undisturbed", str(tiny_llama_dir), choice)
-    run = KillRun(born, tmp_path / "killed", str(tiny_llama_dir), seed=7, choice=choice, plan=STEPS)
+    run = KillRun(born, tmp_path / "killed", str(tiny_llama_dir), seed=7, choice=choice, plan=STEPS, say=print)
     violations = run.execute(len(STEPS), expected, 600.0)
     print(run.counts())
     assert violations == []
