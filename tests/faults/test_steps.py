@@ -38,6 +38,7 @@ def test_a_fault_that_is_none_stops_the_start(armed: str) -> None:
         fault_point({VARIABLE: armed})
 
 
+@pytest.mark.slow
 def test_the_process_is_killed_at_the_arrival_that_was_asked_for() -> None:
     program = """
 import os, sys
