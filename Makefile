@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo serve check lint fast test soak hostile bench bench-quick bench-drift lock fmt examples monitoring clean
+.PHONY: help install demo serve check lint fast test soak hostile kill-jobs bench bench-quick bench-drift lock fmt examples monitoring clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ bench-quick: install  ## the same benchmark with small sizes, to see that it run
 bench-drift: install  ## how long drift tests run, how soon they find a shift: make bench-drift DATA=DIR
 	@test -n "$(DATA)" || { echo "make bench-drift DATA=DIR: the folder with tasks/, drift/ and corpora/"; exit 1; }
 	$(BIN)/python -m bench.drift --data $(DATA)
+
+kill-jobs: install  ## kill -9 real services 200 times while they train, and look whether anything is lost: half an hour
+	$(BIN)/python -m tools.kill_jobs --kills 200 --seed $(or $(SEED),1)
 
 lock: install  ## pin again after pyproject.toml changed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[dev,postgres,s3]'

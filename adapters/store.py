@@ -28,6 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 from adapters.drift.reference import TENSORS
 from adapters.durable import fsync_path, make_directories
 from adapters.errors import AdapterFormatError, AdapterNotFoundError, StoreError
+from adapters.steps import Reached, unwatched
 
 REQUIRED_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 NOTE_SUFFIXES = frozenset({".json", ".md", ".csv"})
@@ -39,13 +40,15 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class AdapterStore:
-    """`url` is an fsspec url or a local directory; `cache_dir` holds local copies of a remote store's adapters."""
+    """`url` is an fsspec url or a local directory; `cache_dir` holds local copies of a remote store's adapters;
+    `reached` hears of the steps of publishing to a local one."""
 
-    def __init__(self, url: str, cache_dir: Path) -> None:
+    def __init__(self, url: str, cache_dir: Path, reached: Reached = unwatched) -> None:
         self._filesystem, root = fsspec.core.url_to_fs(url)
         self._root = f"{root.rstrip('/')}/sha256"
         self._is_local = isinstance(self._filesystem, LocalFileSystem)
         self._local = Path(self._root) if self._is_local else cache_dir / "sha256"
+        self._reached = reached
         self._verified: set[str] = set()
         self._lock = threading.Lock()
         self._transfers: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
@@ -58,11 +61,13 @@ class AdapterStore:
         manifest = _manifest_of(directory)
         digest = hashlib.sha256(manifest).hexdigest()
         with _store_errors(f"publishing adapter {digest}"), self._transfer(digest):
-            if not self.exists(digest):
-                if self._is_local:
-                    self._install(digest, manifest, lambda name, target: shutil.copyfile(directory / name, target))
-                else:
-                    self._upload(digest, manifest, directory)
+            is_there = self.exists(digest)
+            if is_there and self._is_local:
+                fsync_path(self._local)  # who put it there may have been killed, or have failed, just before this
+            elif self._is_local:
+                self._install(digest, manifest, lambda name, target: shutil.copyfile(directory / name, target))
+            elif not is_there:
+                self._upload(digest, manifest, directory)
         return digest
 
     def directory(self, digest: str) -> Path:
@@ -148,16 +153,21 @@ class AdapterStore:
         building = self._local / f".{digest}.{uuid.uuid4().hex}.tmp"
         building.mkdir()
         try:
-            for name in json.loads(manifest)["files"]:
+            names = list(json.loads(manifest)["files"])
+            for name in names:
                 copy(name, building / name)
-                fsync_path(building / name)
             (building / MANIFEST).write_bytes(manifest)
-            fsync_path(building / MANIFEST)
+            self._reached("publish.copied")
+            for name in (*names, MANIFEST):
+                fsync_path(building / name)
             fsync_path(building)
+            self._reached("publish.synced")
             _appear(building, self._local / digest)
         finally:
             shutil.rmtree(building, ignore_errors=True)
+        self._reached("publish.renamed")
         fsync_path(self._local)
+        self._reached("publish.durable")
 
     def _transfer(self, digest: str) -> threading.Lock:
         """Held while an adapter's files move or are checked: one thread does it, the others find it done."""

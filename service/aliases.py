@@ -15,6 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from adapters.steps import Reached, unwatched
 from service.database import Database, lock_tenant
 from service.errors import ConflictError, InvalidRequestError, NotFoundError
 from service.experiment import Outcome
@@ -54,8 +55,9 @@ class Alias:
 
 
 class Aliases:
-    def __init__(self, database: Database, base_model: str) -> None:
+    def __init__(self, database: Database, base_model: str, reached: Reached = unwatched) -> None:
         self._database = database
+        self._reached = reached
         self._base_model = base_model
 
     def list(self, tenant_id: str) -> list[Alias]:
@@ -77,7 +79,10 @@ class Aliases:
                 raise model_not_found(model)
             if active_model(connection, tenant_id, name) != model:
                 move_alias(connection, tenant_id, name, model, MoveKind.SET)
-            return alias_in(connection, tenant_id, name)
+            found = alias_in(connection, tenant_id, name)
+            self._reached("alias.moved")
+        self._reached("alias.committed")
+        return found
 
     def moves_to(self, tenant_id: str, model: str) -> tuple[tuple[str, AliasMove], ...]:
         """Every move of any alias to this model, newest first, with the alias's name."""

@@ -93,7 +93,7 @@ def open_services(
         stack.callback(data_reports.close)
         grammars = GrammarCompiler(base)
         stack.callback(grammars.close)
-        registry = Registry(archive.database, BaseIdentity(base.name, base.fingerprint))
+        registry = Registry(archive.database, BaseIdentity(base.name, base.fingerprint), archive.reached)
         jobs = Jobs(archive.database, metrics)
         estimates = Estimates(archive.files, archive.store, jobs, base, max_rank=settings.max_lora_rank)
         retraining = Retraining(

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
+from adapters.steps import Reached, unwatched
 from adapters.store import AdapterStore
 from service.config import Settings
 from service.database import Database, connect
+from service.fault_points import fault_point
 from service.files import Files
 
 
 @dataclass(frozen=True)
 class Archive:
-    """`url` is where files and adapters are, as fsspec understands it."""
+    """`url` is where files and adapters are, as fsspec understands it; `reached` hears of the steps of what is done
+    with all this (see `service.fault_points`)."""
 
     database: Database
     files: Files
     store: AdapterStore
     url: str
+    reached: Reached = unwatched
 
     @classmethod
     @contextmanager
     def open(cls, settings: Settings) -> Iterator[Self]:
         """Raises ServiceError when the database cannot be used."""
+        reached = fault_point(os.environ)
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         database = connect(settings.resolved_database_url)
         url = settings.resolved_storage_url.rstrip("/")
         try:
             files = Files(database, f"{url}/files", max_bytes=settings.max_file_bytes)
-            yield cls(database, files, AdapterStore(f"{url}/adapters", settings.data_dir / "cache" / "adapters"), url)
+            store = AdapterStore(f"{url}/adapters", settings.data_dir / "cache" / "adapters", reached)
+            yield cls(database, files, store, url, reached)
         finally:
             database.close()

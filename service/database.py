@@ -25,6 +25,11 @@ from service.tables import epoch_now, tenants
 Item = TypeVar("Item")
 
 
+AWAY = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)
+"""What a statement raises while the database cannot be reached, cannot write, or has no connection free: the same may
+succeed a moment later."""
+
+
 @dataclass(frozen=True)
 class Page(Generic[Item]):
     """One page of a list; `has_more` when the next one is not empty."""
@@ -89,6 +94,9 @@ def connect(url: str) -> Database:
     engine = open_engine(url)
     try:
         bring_up(engine)
+    except AWAY as error:
+        engine.dispose()
+        raise DatabaseSetupError(f"The database cannot be used: {error.args[0]}") from error
     except Exception:
         engine.dispose()
         raise
@@ -145,8 +153,11 @@ def page_of(
 def _postgres(url: str) -> Engine:
     scheme, rest = url.split("://", 1)
     driver = scheme if "+" in scheme else "postgresql+psycopg"
-    return sa.create_engine(f"{driver}://{rest}", pool_pre_ping=True, pool_size=10, hide_parameters=True)
+    return sa.create_engine(f"{driver}://{rest}", pool_pre_ping=True, pool_size=10, hide_parameters=True, **_PATIENCE)
 
+
+_PATIENCE: dict[str, Any] = {"pool_timeout": 10.0, "connect_args": {"connect_timeout": 5}}
+"""In seconds: a request is refused rather than kept waiting for a server that does not answer."""
 
 _BUSY_MILLISECONDS = 30_000
 _MAX_CONNECTIONS = 50

@@ -88,7 +88,9 @@ def _tuning_pool(
     traces: Traces | None,
 ) -> TuningPool:
     services = TuningServices(
-        queue=JobQueue(archive.database, lease_seconds=settings.lease_seconds, observer=observer),
+        queue=JobQueue(
+            archive.database, lease_seconds=settings.lease_seconds, observer=observer, reached=archive.reached
+        ),
         files=archive.files,
         store=archive.store,
         resume_points=ResumePoints(archive.url),
@@ -99,6 +101,7 @@ def _tuning_pool(
         save_every_seconds=settings.resume_point_seconds,
         drift_run_length=settings.drift_run_length if settings.drift else None,
         traces=traces,
+        reached=archive.reached,
     )
     gates = training_gates(settings, engine, observer)
     name = f"{socket.gethostname()}-{os.getpid()}"

@@ -6,6 +6,7 @@ A file that an unfinished job uses cannot be deleted, and does not expire before
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -19,11 +20,14 @@ from sqlalchemy.engine import Connection
 
 from adapters.durable import write_file
 from service.database import Database, Page, lock_tenant, new_id, page_of
-from service.errors import ConflictError, InvalidRequestError, NotFoundError, TooLargeError
+from service.errors import ConflictError, InvalidRequestError, NotFoundError, TooLargeError, UnavailableError
 from service.quotas import check_files
 from service.tables import epoch_now, files, jobs
 
+logger = logging.getLogger(__name__)
+
 MAX_FILE_BYTES = 512 * 1024 * 1024
+STORAGE_RETRY_SECONDS = 30.0
 
 
 class FilePurpose(StrEnum):
@@ -95,7 +99,8 @@ class Files:
             raise
 
     def stage(self, tenant_id: str, filename: str, purpose: FilePurpose, chunks: Iterable[bytes]) -> StagedFile:
-        """Write the content durably; nobody sees the file before its row is inserted."""
+        """Write the content durably; nobody sees the file before its row is inserted. Raises UnavailableError when the
+        storage does not take it; then nothing of it is left there."""
         file_id = new_id("file")
         key = f"{tenant_id}/{file_id}"
         counted = _Counted(chunks, self.max_bytes)
@@ -169,20 +174,39 @@ class Files:
             self._filesystem.rm(path, recursive=True)
 
     def _write(self, key: str, chunks: Iterable[bytes]) -> None:
-        if isinstance(self._filesystem, LocalFileSystem):
-            write_file(Path(self._path(key)), chunks)
-            return
         try:
+            if isinstance(self._filesystem, LocalFileSystem):
+                write_file(Path(self._path(key)), chunks)
+                return
             self._filesystem.makedirs(self._path(key).rsplit("/", 1)[0], exist_ok=True)
             with self._filesystem.open(self._path(key), "wb") as stream:
                 for chunk in chunks:
                     stream.write(chunk)
-        except BaseException:
-            self.discard([key])
+        except BaseException as error:
+            self._forget(key)
+            if isinstance(error, OSError):
+                raise storage_unavailable(error) from error
             raise
+
+    def _forget(self, key: str) -> None:
+        """After a write that failed; the failure is what the caller shall hear of."""
+        try:
+            self.discard([key])
+        except OSError:
+            logger.exception("files.not_discarded", extra={"storage_key": key})
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}"
+
+
+def storage_unavailable(error: OSError) -> UnavailableError:
+    """A full disk, one that fails, or a store that is away."""
+    logger.error("files.not_stored", extra={"reason": str(error)})
+    return UnavailableError(
+        f"The file could not be stored ({error.strerror or type(error).__name__}): try again later.",
+        retry_after=STORAGE_RETRY_SECONDS,
+        code="storage_unavailable",
+    )
 
 
 class _Counted:

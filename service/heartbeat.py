@@ -25,6 +25,7 @@ class StopReason(StrEnum):
     CANCELLED = "cancelled"
     LOST = "lost"
     SHUTDOWN = "shutdown"
+    INTERRUPTED = "interrupted"  # never by a heartbeat: the run itself could not write
 
 
 class StopRequested(BaseException):

@@ -7,6 +7,8 @@ that the client cancelled it (or the tenant is gone), the error is a `JobCancell
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,8 +17,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from adapters.steps import Reached, unwatched
 from service.aliases import active_model
-from service.database import Database, lock_tenant, new_id
+from service.database import Database, database_now, lock_tenant, new_id
 from service.errors import NotFoundError
 from service.files import StagedFile, insert_file
 from service.job import Claim, Directive, EventLevel, EventType, GateDecision, JobStatus
@@ -27,6 +30,11 @@ from service.provenance import with_history
 from service.tables import adapter_versions, epoch_now, jobs
 from service.usage_rows import book_training
 from service.versions import AdapterVersion, find_version, insert_version
+
+logger = logging.getLogger(__name__)
+
+CLOCK_TOLERANCE_SECONDS = 5.0
+"""Clocks that differ by less are taken for one."""
 
 
 class FencedWriteError(Exception):
@@ -49,6 +57,7 @@ class JobQueue:
         lease_seconds: float = 30.0,
         max_lost_leases: int = 3,
         observer: JobObserver | None = None,
+        reached: Reached = unwatched,
     ) -> None:
         """A job whose workers vanish more than `max_lost_leases` times without a new resume point fails with
         `worker_lost`: it may be what kills them."""
@@ -56,6 +65,9 @@ class JobQueue:
         self._lease_seconds = lease_seconds
         self._max_lost_leases = max_lost_leases
         self._observer = observer
+        self._reached = reached
+        self._seen: tuple[float, float] | None = None
+        """The database's clock and ours, at the last claim."""
 
     def claim(self, worker: str) -> Claim | None:
         """A job that is queued and not paused, or whose lease has run out; attempt is raised.
@@ -64,6 +76,7 @@ class JobQueue:
         """
         entered: list[JobStatus] = []
         with self._database.begin() as connection:
+            self._mind_the_clock(connection)
             while (row := _next_claimable(connection)) is not None:
                 num_lost = row.num_lost_leases + (row.state == JobStatus.RUNNING)
                 if num_lost <= self._max_lost_leases:
@@ -74,8 +87,25 @@ class JobQueue:
                 self._take(connection, row, worker, num_lost)
                 job = job_of(connection.execute(select_jobs().where(jobs.c.id == row.id)).one())
                 entered.append(JobStatus.RUNNING)
+                self._reached("claim.taken")
+        if row is not None:
+            self._reached("claim.committed")
         self._report(*entered)
         return None if row is None else Claim(job, job.attempt, worker, self._lease_seconds)
+
+    def _mind_the_clock(self, connection: Connection) -> None:
+        """Leases are dated by the database's clock. Where that was set since we last looked, forwards or back, or a
+        lease is dated in the future, nobody can tell who is silent: whoever runs gets one lease from now on."""
+        now, ticks = database_now(connection), time.monotonic()
+        dated_ahead = jobs.c.lease_renewed_at > now + CLOCK_TOLERANCE_SECONDS
+        was_set = self._seen is not None and abs(now - self._seen[0] - (ticks - self._seen[1])) > min(
+            CLOCK_TOLERANCE_SECONDS, self._lease_seconds / 2
+        )
+        self._seen = (now, ticks)
+        lease = {"lease_renewed_at": now, "lease_expires_at": now + self._lease_seconds}
+        renewed = jobs.update().where(jobs.c.state == JobStatus.RUNNING, sa.true() if was_set else dated_ahead)
+        if connection.execute(renewed.values(**lease)).rowcount and was_set:
+            logger.warning("jobs.clock_was_set")
 
     def heartbeat(self, claim: Claim) -> Directive:
         """Renew the lease. CANCEL: stop, write nothing. PAUSE: save a resume point and `release`.
@@ -200,9 +230,11 @@ class JobQueue:
             result_files=[file.id for file in result_files],
         )
         with self._fenced(claim, locks_tenant=True, **ended) as (connection, _):
+            self._reached("pointer.fenced")
             for file in result_files:
                 insert_file(connection, file)
             decided = promote(connection, job, model_id, gate)
+            self._reached("pointer.alias")
             if decided is not None:
                 metrics = {**metrics, "evaluation": {**(metrics.get("evaluation") or {}), "gate": decided}}
             version = _version(claim, model_id, digest, base_fingerprint, metrics, None)
@@ -210,6 +242,8 @@ class JobQueue:
             book_training(connection, job.id, trained_tokens)
             insert_event(connection, job.id, f"New fine-tuned model created: {model_id}")
             insert_event(connection, job.id, "The job has successfully completed")
+            self._reached("pointer.written")
+        self._reached("pointer.committed")
         self._report(JobStatus.SUCCEEDED)
         return model_id
 

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from adapters.errors import BaseMismatchError
+from adapters.steps import Reached, unwatched
 from service import drift_rows
 from service.aliases import Aliases, MoveKind, active_model, check_alias_name, move_alias, names_pointing_at
 from service.database import Database, lock_tenant
@@ -33,10 +34,10 @@ class BaseIdentity:
 
 
 class Registry:
-    def __init__(self, database: Database, base: BaseIdentity) -> None:
+    def __init__(self, database: Database, base: BaseIdentity, reached: Reached = unwatched) -> None:
         self._database = database
         self.base = base
-        self.aliases = Aliases(database, base.name)
+        self.aliases = Aliases(database, base.name, reached)
 
     def resolve(self, tenant_id: str, model: str) -> ResolvedModel:
         """What base id, version id, checkpoint id or alias `model` is, for use in a request; of an alias what it

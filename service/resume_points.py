@@ -23,16 +23,22 @@ class ResumePoints:
         self._root = f"{root.rstrip('/')}/training"
 
     def save(self, job_id: str, attempt: int, state: dict[str, Any]) -> str:
-        """Write the state durably, in place of this attempt's last one; the reference that `load` takes."""
+        """Write the state durably, in place of this attempt's last one; the reference that `load` takes.
+
+        Raises StoreError when the storage does not take it; the last one is still there then.
+        """
         import torch  # here, so that who only discards does without it
 
         reference = f"{job_id}/attempt-{attempt:06d}.pt"
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        if isinstance(self._filesystem, LocalFileSystem):
-            write_file(Path(self._root) / reference, [buffer.getvalue()])
-        else:
-            self._filesystem.pipe_file(f"{self._root}/{reference}", buffer.getvalue())
+        try:
+            if isinstance(self._filesystem, LocalFileSystem):
+                write_file(Path(self._root) / reference, [buffer.getvalue()])
+            else:
+                self._filesystem.pipe_file(f"{self._root}/{reference}", buffer.getvalue())
+        except OSError as error:
+            raise StoreError(f"the training state {reference} cannot be written: {error}") from error
         return reference
 
     def load(self, reference: str) -> dict[str, Any]:

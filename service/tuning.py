@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
@@ -27,14 +28,16 @@ from adapters.peft_format import read_adapter, write_adapter
 from adapters.rate_probe import RateProbe
 from adapters.recipe import TrainConfig, num_steps
 from adapters.shared_forward import SharedForward
+from adapters.steps import Reached, unwatched
 from adapters.store import AdapterStore
 from adapters.trainable import TrainableLora
 from adapters.trainer import Trainer
 from service.background_generation import Submitting
+from service.database import AWAY
 from service.drift_reference import MadeReference, TuningReference
 from service.engine.base_model import BaseModel
 from service.engine.errors import EngineError
-from service.errors import ServiceError
+from service.errors import ServiceError, UnavailableError
 from service.files import FilePurpose, Files
 from service.heartbeat import StopReason, StopRequested
 from service.job import Claim, EventLevel, EventType
@@ -54,8 +57,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+RESULTS = FilePurpose.FINE_TUNE_RESULTS
 MAX_METRICS_EVENTS = 500
 MAX_CHECKPOINTS = 10
+RETRY_SECONDS = 0.5
+"""Between two attempts to write what storage or database did not take."""
 
 
 class Outcome(StrEnum):
@@ -66,6 +74,8 @@ class Outcome(StrEnum):
     CANCELLED = "cancelled"
     PAUSED = "paused"
     SHUTDOWN = "shutdown"
+    INTERRUPTED = "interrupted"
+    """The database was away; the job was given back as far as it had got."""
     LOST = "lost"
 
 
@@ -91,11 +101,14 @@ class TuningServices:
     max_lora_rank: int
     save_every_seconds: float = 30.0
     """Between two resume points; what a crash can cost."""
+    storage_patience_seconds: float = 600.0
+    """For how long a store that takes no adapter (a full disk, say) is asked again before the job fails."""
     shared: SharedForward | None = None
     """Of all jobs that train at once; None: each forwards for itself."""
     drift_run_length: float | None = None
     """What drift references promise; None: adapters are published without one."""
     traces: Traces | None = None
+    reached: Reached = unwatched
 
 
 class TuningRun:
@@ -128,10 +141,14 @@ class TuningRun:
         except FencedWriteError:
             logger.warning("tuning.claim_lost", extra=self._ids())
             outcome = Outcome.LOST
+        except AWAY as error:
+            logger.warning("tuning.database_away", extra={**self._ids(), "reason": type(error).__name__})
+            outcome = self._await_database()
         except Exception as error:
             outcome = self._fail(error)
         if outcome in (Outcome.SUCCEEDED, Outcome.FAILED, Outcome.CANCELLED):
             self._services.resume_points.discard(self._job.id)
+            self._services.reached("job.swept")
         if outcome is Outcome.LOST:
             self._vanish_with_job()
         self._trainer = self._probe = None
@@ -151,11 +168,13 @@ class TuningRun:
         compared = self._compare(run)
         with self._trace.phase("drift_reference"):
             made = TuningReference(self._services, self._claim, self._check, self._say).make(files, data)
+        self._services.reached("reference.made")
         digest = self._publish(trainer.best_weights(), made)
         with self._trace.phase("evaluation"):
             evaluated = TuningEvaluation(self._services, self._claim, self._check, self._say).run(
                 trainer, files, data, digest
             )
+        self._services.reached("evaluation.done")
         with self._trace.phase("publish"):
             self._succeed(trainer, digest, evaluated, compared, made)
 
@@ -168,8 +187,10 @@ class TuningRun:
                 self._say(f"Validating validation file: {self._job.spec.validation_file}")
             self._report_on_data()
         data = files.load()
+        self._services.reached("data.read")
         if not self._job.files_validated:
             self._services.queue.files_validated(self._claim)
+            self._services.reached("data.validated")
             self._say("Fine-tuning job started")
             self._say(data.describe())
         return data
@@ -275,12 +296,14 @@ class TuningRun:
             if trainer.evaluation_due:
                 with run.evaluating():
                     score = trainer.evaluate(self._check)
+                self._services.reached("train.evaluated")
             self._report(trainer, score, run)
             if trainer.done:
                 break
             self._save_when_due()
             with run.stepping():
                 result = trainer.step(self._check)
+            self._services.reached("train.stepped")
             self._services.observer.tokens_trained(result.num_tokens)
             self._trace.stepped(result.step, result.num_tokens, result.loss)
 
@@ -293,6 +316,9 @@ class TuningRun:
 
     def _publish(self, weights: LoraWeights, made: MadeReference | None = None) -> str:
         """The adapter's digest; its files are durable in the store, but no name points at them yet."""
+        return self._insist("adapter", lambda: self._store(weights, made))
+
+    def _store(self, weights: LoraWeights, made: MadeReference | None) -> str:
         base = self._services.base
         with tempfile.TemporaryDirectory(prefix="rootstock-adapter-") as directory:
             write_adapter(Path(directory), weights, base_name=base.name, base=base.signature)
@@ -315,9 +341,10 @@ class TuningRun:
         if evaluated.report is not None:
             contents["evaluation.jsonl"] = evaluated.report.table()
         tables = [
-            services.files.stage(self._job.tenant_id, name, FilePurpose.FINE_TUNE_RESULTS, [content])
+            self._insist("results", partial(services.files.stage, self._job.tenant_id, name, RESULTS, [content]))
             for name, content in contents.items()
         ]
+        services.reached("results.staged")
         metrics = {
             **score_metrics(trainer.scores[trainer.best_step] if trainer.best_step else None),
             "best_step": trainer.best_step,
@@ -376,6 +403,7 @@ class TuningRun:
             metrics={name: value for name, value in metrics.items() if name != "total_steps"},
             provenance=self._facts,
         )
+        self._services.reached("checkpoint.listed")
         self._say(f"Checkpoint created at step {trainer.steps_done}")
 
     def _say(
@@ -391,7 +419,32 @@ class TuningRun:
 
     def _save_when_due(self) -> None:
         if time.monotonic() - self._saved_at > self._services.save_every_seconds:
+            self._save_if_possible()
+
+    def _save_if_possible(self) -> None:
+        """A state that cannot be stored costs time after a crash, not the job."""
+        try:
             self._save()
+        except StoreError as error:
+            logger.error("tuning.state_not_saved", extra={**self._ids(), "reason": error.message})
+            self._saved_at = time.monotonic()
+
+    def _insist(self, what: str, write: Callable[[], T]) -> T:
+        """Storage that refuses is asked again for a while: what was learned is worth waiting for."""
+        deadline = time.monotonic() + self._services.storage_patience_seconds
+        refused = False
+        while True:
+            try:
+                return write()
+            except (OSError, StoreError, UnavailableError) as error:
+                logger.error("tuning.storage_refuses", extra={**self._ids(), "what": what, "reason": str(error)})
+                if time.monotonic() > deadline:
+                    raise StoreError(f"The {what} could not be stored: {error}") from error
+            if not refused:
+                self._say(f"The {what} cannot be stored at the moment; it is tried again", EventLevel.WARN)
+            refused = True
+            self._check()
+            time.sleep(RETRY_SECONDS)
 
     def _save(self) -> None:
         points = self._services.resume_points
@@ -400,11 +453,28 @@ class TuningRun:
             "trainer": self._trainer.state_dict() if self._trainer else None,
         }
         reference = points.save(self._job.id, self._claim.attempt, state)
+        self._services.reached("resume.written")
         trained = self._trainer.trained_tokens if self._trainer else None
         self._services.queue.save_resume_point(self._claim, reference, trained)
+        self._services.reached("resume.referenced")
         points.discard(self._job.id, keep=reference)
         give_back()
         self._saved_at = time.monotonic()
+
+    def _await_database(self) -> Outcome:
+        """Keep what was learned until it can be written, or until the lease has run out without the database."""
+        reason = StopReason.INTERRUPTED
+        while True:
+            try:
+                return self._give_back(reason)
+            except AWAY:
+                time.sleep(RETRY_SECONDS)
+            try:
+                self._check()
+            except StopRequested as stop:
+                if stop.reason is StopReason.SHUTDOWN and reason is StopReason.SHUTDOWN:
+                    return Outcome.LOST  # its lease runs out
+                reason = stop.reason
 
     def _give_back(self, reason: StopReason) -> Outcome:
         """Paused or shutting down: keep the state and let the job be claimed again. Otherwise it is not ours."""
@@ -412,7 +482,7 @@ class TuningRun:
             return Outcome.CANCELLED if reason is StopReason.CANCELLED else Outcome.LOST
         try:
             if self._trainer is not None or self._probe is not None:
-                self._save()
+                self._save_if_possible()
                 steps_done = self._trainer.steps_done if self._trainer else 0
                 self._say(f"Fine-tuning job {reason.value} at step {steps_done}")
             self._services.queue.release(self._claim)
@@ -420,7 +490,7 @@ class TuningRun:
             return Outcome.CANCELLED
         except FencedWriteError:
             return Outcome.LOST
-        return Outcome.PAUSED if reason is StopReason.PAUSED else Outcome.SHUTDOWN
+        return Outcome(reason.value)
 
     def _vanish_with_job(self) -> None:
         """Where the job was deleted with its tenant, what this attempt wrote goes as well."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import re
 import sys
-from importlib.metadata import PackageMetadata, PackageNotFoundError, distribution, metadata
+from email.message import Message
+from importlib.metadata import PackageNotFoundError, distribution, metadata
 from pathlib import Path
+from typing import cast
 
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
@@ -55,13 +57,13 @@ def _of_package(name: str, pinned: str) -> list[str]:
     installed = Version(described["Version"])
     if installed.public != version.public:
         found.append(f"installed is {installed}: install the lock, or run `make lock`")
-    licence = licence_of(described) or _licence_file(name)
+    licence = licence_of(cast(Message, described)) or _licence_file(name)
     if not PERMISSIVE.search(licence) and name not in WEAK_COPYLEFT | DEVELOPMENT_ONLY:
         found.append(f"licence {licence[:80]!r} is not known to be permissive")
     return found
 
 
-def licence_of(described: PackageMetadata) -> str:
+def licence_of(described: Message) -> str:
     """The SPDX expression, else the classifiers, else the first line of the licence's text."""
     expression = described.get("License-Expression")
     classified = [one for one in described.get_all("Classifier") or [] if one.startswith("License")]

@@ -36,7 +36,7 @@ router = APIRouter(route_class=JsonRoute, tags=["adapters"])
 _FIELDS = ("file", "suffix", "alias")
 _CHUNK_BYTES = 1024 * 1024
 
-FORM = form_body(("file", "suffix"), file=BINARY, suffix={"type": "string"}, alias={"type": "string"})
+FORM = form_body(("file", "suffix"), {"file": BINARY, "suffix": {"type": "string"}, "alias": {"type": "string"}})
 
 
 @router.get("/v1/adapters", dependencies=[Depends(only_query())])

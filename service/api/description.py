@@ -5,6 +5,7 @@ Every failure of every route has one shape, so it is declared once, for all of 4
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -43,9 +44,9 @@ def answers(*media_types: str) -> Responses:
     return {200: {"description": "Success", "content": content}}
 
 
-def form_body(required: tuple[str, ...], **fields: dict[str, Any]) -> dict[str, Any]:
+def form_body(required: tuple[str, ...], fields: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """A multipart body that the route reads by itself, for `openapi_extra`."""
-    schema = {"type": "object", "required": list(required), "properties": fields, "additionalProperties": False}
+    schema = {"type": "object", "required": list(required), "properties": dict(fields), "additionalProperties": False}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 

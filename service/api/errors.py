@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from http import HTTPStatus
 from itertools import chain
 
+import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -14,8 +15,13 @@ from starlette.routing import Match
 
 from adapters.errors import AdapterError
 from service.api.wire import UNSUPPORTED, field_path
+from service.database import AWAY
 from service.engine.errors import EngineError
-from service.errors import InvalidRequestError, ServiceError, error_body, wire_error
+from service.errors import InvalidRequestError, ServiceError, UnavailableError, error_body, wire_error
+
+log = structlog.get_logger("service.http")
+
+DATABASE_RETRY_SECONDS = 2.0
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -26,6 +32,8 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ServiceError, _domain_error)
     app.add_exception_handler(AdapterError, _domain_error)
     app.add_exception_handler(EngineError, _domain_error)
+    for kind in AWAY:
+        app.add_exception_handler(kind, _database_away)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
 
@@ -38,6 +46,13 @@ def error_response(error: Exception) -> JSONResponse:
 
 async def _domain_error(request: Request, error: Exception) -> JSONResponse:
     return error_response(error)
+
+
+async def _database_away(request: Request, error: Exception) -> JSONResponse:
+    """Nothing was written: a transaction is committed as a whole or not at all."""
+    log.warning("database_away", reason=type(error).__name__)
+    message = "The service cannot reach its database at the moment: try again."
+    return error_response(UnavailableError(message, retry_after=DATABASE_RETRY_SECONDS, code="database_unavailable"))
 
 
 async def _validation_error(request: Request, error: Exception) -> JSONResponse:

@@ -21,7 +21,7 @@ from service.api.pages import After, list_body, only_query
 from service.api.services import ServicesDep
 from service.api.wire import WireModel
 from service.errors import InvalidRequestError, NotFoundError
-from service.files import File, FilePurpose, Files
+from service.files import File, FilePurpose, Files, storage_unavailable
 
 router = APIRouter(route_class=JsonRoute, tags=["files"])
 
@@ -41,9 +41,9 @@ _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 
 FORM = form_body(
     ("file", "purpose"),
-    file=BINARY,
-    purpose={"type": "string", "enum": list(UPLOADABLE)},
-    **{
+    {
+        "file": BINARY,
+        "purpose": {"type": "string", "enum": list(UPLOADABLE)},
         _ANCHOR: {"type": "string", "enum": ["created_at"]},
         _SECONDS: {"type": "integer", "minimum": MIN_EXPIRY_SECONDS, "maximum": MAX_EXPIRY_SECONDS},
     },
@@ -53,17 +53,20 @@ FORM = form_body(
 @router.post("/v1/files", openapi_extra=FORM)
 async def upload_file(request: Request, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
     # The form is read here and not by FastAPI, so that nothing is read for a caller without a key.
-    async with request.form(max_files=1, max_fields=len(("purpose", _ANCHOR, _SECONDS)) + 1) as form:
-        upload, purpose, expiry = _understand(form)
-        chunks = iter(lambda: upload.file.read(_CHUNK_BYTES), b"")
-        made = await run_in_threadpool(
-            services.files.create,
-            tenant.id,
-            _filename(upload.filename),
-            purpose,
-            chunks,
-            expires_after_seconds=expiry,
-        )
+    try:
+        async with request.form(max_files=1, max_fields=len(("purpose", _ANCHOR, _SECONDS)) + 1) as form:
+            upload, purpose, expiry = _understand(form)
+            chunks = iter(lambda: upload.file.read(_CHUNK_BYTES), b"")
+            made = await run_in_threadpool(
+                services.files.create,
+                tenant.id,
+                _filename(upload.filename),
+                purpose,
+                chunks,
+                expires_after_seconds=expiry,
+            )
+    except OSError as error:  # while it comes in, a long one is kept in a temporary file
+        raise storage_unavailable(error) from error
     return file_body(made)
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from service.database import Database, DatabaseSetupError, connect, database_now, new_id, page_of
+from service.database import Database, connect, database_now, new_id, page_of
 from service.errors import InvalidRequestError
+from service.schema import DatabaseSetupError
 from service.tables import files, tenants
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi.routing import APIRoute
 
 from service.api.auth import INFERENCE_ROUTES
 from service.api.routes import ROUTERS
@@ -22,8 +23,12 @@ from tests.service.http_fixtures import ADMIN_KEY, Served, certificates, serve_f
 Route = tuple[str, str]
 
 ROUTES: list[Route] = sorted(
-    (method, route.path) for router in ROUTERS for route in router.routes for method in route.methods
-)  # type: ignore[attr-defined]
+    (method, route.path)
+    for router in ROUTERS
+    for route in router.routes
+    if isinstance(route, APIRoute)
+    for method in route.methods or ()
+)
 
 ALIAS = "best-of-all"
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}

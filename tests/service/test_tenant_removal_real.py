@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,9 @@ class Household:
         assert answer.is_success, answer.text
         return answer.json()
 
+    def is_taken(self, path: str, body: Any) -> bool:
+        return self.http.post(path, json=body).is_success
+
     def job(self, **body: Any) -> str:
         files = {"file": ("train.jsonl", examples(24))}
         file = self.call("POST", "/files", files=files, data={"purpose": "fine-tune"})["id"]
@@ -88,7 +92,7 @@ def use_everything(tenant: Household) -> None:
         completion = tenant.chat("best", user=f"user-{number}")["id"]
         tenant.chat("base", response_format=form)
         body = {"completion_id": completion, "rating": 1, "corrected": MARKER, "user": f"user-{number}"}
-        tenant.running.wait_until(lambda body=body: tenant.http.post("/feedback", json=body).is_success)
+        tenant.running.wait_until(partial(tenant.is_taken, "/feedback", body))
     assert tenant.chat("base")["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
     tenant.call("POST", "/keys", json={"name": MARKER, "role": "inference"})
     merge = tenant.call("POST", f"/adapters/{stable}/merge")["id"]
@@ -111,7 +115,12 @@ def found_on_disk(directory: Path, words: list[str]) -> list[str]:
 def test_a_tenant_that_uses_everything_is_deleted_while_it_is_answered_and_trained(
     tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
-    settings = {"base_name": "base", "quantization": "none", "kv_cache_bytes": "32MiB", "resume_point_seconds": 0}
+    settings: dict[str, Any] = {
+        "base_name": "base",
+        "quantization": "none",
+        "kv_cache_bytes": "32MiB",
+        "resume_point_seconds": 0,
+    }
     with rootstock_serve(tiny_llama_dir, tmp_path, **settings) as running:
         doomed, spared = Household(running, "doomed"), Household(running, "spared")
         spared.chat("base")
@@ -166,8 +175,8 @@ def test_a_tenant_that_uses_everything_is_deleted_while_it_is_answered_and_train
         assert spared.id in metrics
 
         again = Household(running, "doomed")
-        for path in ("files", "fine_tuning/jobs", "adapters", "aliases", "captures", "feedback", "merges", "drift"):
-            assert again.call("GET", f"/{path}")["data"] == [], path
+        for route in ("files", "fine_tuning/jobs", "adapters", "aliases", "captures", "feedback", "merges", "drift"):
+            assert again.call("GET", f"/{route}")["data"] == [], route
         assert [model["id"] for model in again.call("GET", "/models")["data"]] == ["base"]
         assert again.chat("base")["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
         assert spared.chat("base")["usage"]["prompt_tokens_details"]["cached_tokens"] > 0

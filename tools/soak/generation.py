@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import openai
@@ -133,7 +133,7 @@ async def official_client(tenant: Tenant) -> None:
         base_url=f"{shared.caller.url}/v1",
         api_key=tenant.key,
         max_retries=0,
-        http_client=shared.caller.http,
+        http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
         _strict_response_validation=True,
     )
     messages: Any = [{"role": "user", "content": "hello"}]
@@ -148,7 +148,7 @@ async def official_client(tenant: Tenant) -> None:
         else:
             usage = (await client.chat.completions.create(model=model, messages=messages, max_tokens=8)).usage
     except openai.APIStatusError as error:
-        await shared.caller.accept(operation, start, error.response)
+        await shared.caller.accept(operation, start, cast(httpx.Response, error.response))  # httpx2's, which is alike
     except (openai.APIError, httpx.TransportError) as error:
         await shared.caller.broken(operation, start, repr(error))
     if usage is None:

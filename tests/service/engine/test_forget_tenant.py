@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Literal
 
 import pytest
 
@@ -35,10 +36,10 @@ class Answer:
 
 @pytest.mark.parametrize("prefix_cache", ["tenant", "shared"])
 def test_answers_of_a_deleted_tenant_end_and_its_prompts_are_not_known_any_more(
-    base: BaseModel, prefix_cache: str
+    base: BaseModel, prefix_cache: Literal["tenant", "shared"]
 ) -> None:
     config = EngineConfig(kv_cache_bytes=32 << 20, prefix_cache=prefix_cache)
-    engine = Engine(base, {}.__getitem__, config, Metrics())
+    engine = Engine(base, lambda digest: pytest.fail(digest), config, Metrics())
     engine.start()
     try:
         assert Answer(engine, "1", "spared").last().num_cached_tokens == 0
