@@ -154,8 +154,8 @@ class Estimates:
     def _parent(self, spec: JobSpec) -> LoraSpec | None:
         if spec.parent_digest is None:
             return None
-        directory = self._store.directory(spec.parent_digest)
-        return read_adapter(directory, self._base.signature, max_rank=self._max_rank).spec
+        files = self._store.read(spec.parent_digest)
+        return read_adapter(files, self._base.signature, max_rank=self._max_rank).spec
 
     def _deadline(self) -> Callable[[], None]:
         end = time.monotonic() + self._limit_seconds

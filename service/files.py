@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import fsspec
 import sqlalchemy as sa
 from fsspec.implementations.local import LocalFileSystem
 from sqlalchemy.engine import Connection
 
 from adapters.durable import write_file
+from adapters.errors import StoreError
+from adapters.storage import make_parents, open_storage, storage_errors
 from service.database import Database, Page, lock_tenant, new_id, page_of
 from service.errors import ConflictError, InvalidRequestError, NotFoundError, TooLargeError
 from service.quotas import check_files
@@ -63,8 +65,7 @@ class Files:
     def __init__(self, database: Database, storage_url: str, *, max_bytes: int = MAX_FILE_BYTES) -> None:
         """`storage_url` is an fsspec url or a local directory, for these files alone."""
         self._database = database
-        self._filesystem, root = fsspec.core.url_to_fs(storage_url)
-        self._root = root.rstrip("/")
+        self._filesystem, self._root = open_storage(storage_url)
         self.max_bytes = max_bytes
 
     def create(
@@ -129,7 +130,8 @@ class Files:
             key = connection.execute(query).scalar()
         if key is None:
             raise _not_found(file_id)
-        return cast(BinaryIO, self._filesystem.open(self._path(key), "rb"))
+        with storage_errors(f"opening file {file_id}"):
+            return cast(BinaryIO, self._filesystem.open(self._path(key), "rb"))
 
     def delete(self, tenant_id: str, file_id: str) -> None:
         """Refused while an unfinished job uses it."""
@@ -157,22 +159,25 @@ class Files:
 
     def discard(self, storage_keys: Sequence[str]) -> None:
         """Remove content whose rows are gone, or never came."""
-        for key in storage_keys:
-            path = self._path(key)
-            if self._filesystem.exists(path):
-                self._filesystem.rm_file(path)
+        with storage_errors("removing files"):
+            for key in storage_keys:
+                path = self._path(key)
+                if self._filesystem.exists(path):
+                    self._filesystem.rm_file(path)
 
     def _write(self, key: str, chunks: Iterable[bytes]) -> None:
         if isinstance(self._filesystem, LocalFileSystem):
             write_file(Path(self._path(key)), chunks)
             return
         try:
-            self._filesystem.makedirs(self._path(key).rsplit("/", 1)[0], exist_ok=True)
-            with self._filesystem.open(self._path(key), "wb") as stream:
-                for chunk in chunks:
-                    stream.write(chunk)
+            with storage_errors("writing a file"):
+                make_parents(self._filesystem, self._path(key))
+                with self._filesystem.open(self._path(key), "wb") as stream:
+                    for chunk in chunks:
+                        stream.write(chunk)
         except BaseException:
-            self.discard([key])
+            with suppress(StoreError):  # what it left is swept away later
+                self.discard([key])
             raise
 
     def _path(self, key: str) -> str:

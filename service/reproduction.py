@@ -23,7 +23,7 @@ import sqlalchemy as sa
 import torch
 
 from adapters.errors import AdapterNotFoundError
-from adapters.store import MANIFEST, REQUIRED_FILES, AdapterStore
+from adapters.store import REQUIRED_FILES, AdapterStore
 from service.database import Database, connect
 from service.engine.base_model import BaseModel
 from service.engine.errors import EngineDeadError
@@ -212,8 +212,9 @@ class Reproducer:
         if self._spec.parent_digest is None:
             return
         copy = directory / "parent"
-        source = self._store.directory(self._spec.parent_digest)
-        shutil.copytree(source, copy, ignore=shutil.ignore_patterns(MANIFEST))
+        copy.mkdir()
+        for name, content in self._store.read(self._spec.parent_digest).items():
+            (copy / name).write_bytes(content)
         store.publish(copy)
 
 

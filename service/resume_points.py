@@ -9,19 +9,19 @@ import io
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from adapters.durable import write_file
 from adapters.errors import StoreError
+from adapters.storage import make_parents, open_storage, storage_errors
 
 
 class ResumePoints:
     def __init__(self, storage_url: str) -> None:
         """`storage_url` is an fsspec url or a local directory; states go to `training/` in it."""
-        self._filesystem, root = fsspec.core.url_to_fs(storage_url)
-        self._root = f"{root.rstrip('/')}/training"
+        self._filesystem, root = open_storage(storage_url)
+        self._root = f"{root}/training"
 
     def save(self, job_id: str, attempt: int, state: dict[str, Any]) -> str:
         """Write the state durably, in place of this attempt's last one; the reference that `load` takes."""
@@ -31,7 +31,9 @@ class ResumePoints:
         if isinstance(self._filesystem, LocalFileSystem):
             write_file(Path(self._root) / reference, [buffer.getvalue()])
         else:
-            self._filesystem.pipe_file(f"{self._root}/{reference}", buffer.getvalue())
+            with storage_errors(f"saving the training state {reference}"):
+                make_parents(self._filesystem, f"{self._root}/{reference}")
+                self._filesystem.pipe_file(f"{self._root}/{reference}", buffer.getvalue())
         return reference
 
     def load(self, reference: str) -> dict[str, Any]:
@@ -46,11 +48,12 @@ class ResumePoints:
     def discard(self, job_id: str, *, keep: str | None = None) -> None:
         """Remove a job's states, except the one `keep` refers to."""
         directory = f"{self._root}/{job_id}"
-        if not self._filesystem.isdir(directory):
-            return
-        if keep is None:
-            self._filesystem.rm(directory, recursive=True)
-            return
-        for path in self._filesystem.ls(directory, detail=False):
-            if path.rsplit("/", 1)[-1] != keep.rsplit("/", 1)[-1]:
-                self._filesystem.rm_file(path)
+        with storage_errors(f"removing the training states of {job_id}"):
+            if not self._filesystem.isdir(directory):
+                return
+            if keep is None:
+                self._filesystem.rm(directory, recursive=True)
+                return
+            for path in self._filesystem.ls(directory, detail=False):
+                if path.rsplit("/", 1)[-1] != keep.rsplit("/", 1)[-1]:
+                    self._filesystem.rm_file(path)

@@ -441,8 +441,8 @@ class TuningRun:
         digest = self._job.spec.parent_digest
         if digest is None:
             return None
-        directory = self._services.store.directory(digest)
-        return read_adapter(directory, self._services.base.signature, max_rank=self._services.max_lora_rank)
+        files = self._services.store.read(digest)
+        return read_adapter(files, self._services.base.signature, max_rank=self._services.max_lora_rank)
 
     def _ids(self) -> dict[str, Any]:
         return {"job_id": self._job.id, "tenant": self._job.tenant_id, "attempt": self._claim.attempt}

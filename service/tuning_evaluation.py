@@ -148,7 +148,7 @@ class TuningEvaluation:
         """The adapter that answers under the alias, laid out so that the loss can reach it, too."""
         base = self._services.base
         weights = read_adapter(
-            self._services.store.directory(version.digest), base.signature, max_rank=self._services.max_lora_rank
+            self._services.store.read(version.digest), base.signature, max_rank=self._services.max_lora_rank
         )
         adapter = TrainableLora(weights.spec, base.signature, seed=0, device=base.device)
         adapter.load(weights.modules)

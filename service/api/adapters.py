@@ -14,7 +14,8 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.datastructures import FormData, UploadFile
 
-from adapters.errors import AdapterNotFoundError
+from adapters.adapter_files import AdapterFiles
+from adapters.errors import AdapterDamagedError, AdapterNotFoundError
 from adapters.gguf_lora import write_gguf
 from adapters.peft_archive import README_NAME, zip_chunks
 from adapters.peft_format import read_adapter
@@ -89,17 +90,11 @@ def export_adapter(
 ) -> StreamingResponse:
     """The PEFT directory, with the card as its README; or a GGUF for llama.cpp."""
     version = services.registry.version(tenant.id, model)
-    directory = services.store.directory(version.digest)
+    files = services.store.read(version.digest, REQUIRED_FILES)
     if format == "gguf":
-        return _download(_gguf_chunks(services, version, directory), f"{_stem(version)}.gguf")
+        return _download(_gguf_chunks(services, version, files), f"{_stem(version)}.gguf")
     readme = card_markdown(_card(services, version, request)).encode()
-    files: dict[str, Path | bytes] = {name: directory / name for name in sorted(REQUIRED_FILES)}
-    chunks = zip_chunks({**files, README_NAME: readme})
-    try:
-        next(chunks)  # the files are open now: deleting the model meanwhile cuts no download
-    except FileNotFoundError:
-        raise AdapterNotFoundError(f"The files of '{version.id}' are gone.") from None
-    return _download(chunks, f"{_stem(version)}.zip")
+    return _download(zip_chunks({**files, README_NAME: readme}), f"{_stem(version)}.zip")
 
 
 @router.get("/v1/adapters/{model:path}")
@@ -129,7 +124,7 @@ def _card(services: Services, version: AdapterVersion, request: Request) -> dict
     aliases = services.registry.aliases
     try:
         files = services.store.manifest(version.digest)
-    except AdapterNotFoundError:
+    except (AdapterNotFoundError, AdapterDamagedError):
         files = None
     return make_card(
         version,
@@ -146,11 +141,11 @@ def _reached_at(request: Request) -> str:
     return url if re.fullmatch(r"https?://[A-Za-z0-9.:\[\]_/-]+", url) else "https://YOUR-SERVICE"
 
 
-def _gguf_chunks(services: Services, version: AdapterVersion, directory: Path) -> Iterator[bytes]:
+def _gguf_chunks(services: Services, version: AdapterVersion, files: AdapterFiles) -> Iterator[bytes]:
     """Written whole before the first byte leaves, so that an adapter which cannot be one is a 400."""
     from service.engine.checkpoint import base_config  # attention kernels, which the API's process does without
 
-    weights = read_adapter(directory, services.base.signature, max_rank=services.settings.max_lora_rank)
+    weights = read_adapter(files, services.base.signature, max_rank=services.settings.max_lora_rank)
     with tempfile.TemporaryDirectory(prefix="rootstock-gguf-") as folder:
         path = Path(folder) / "adapter.gguf"
         write_gguf(path, weights, base_config(services.settings.base), name=version.id)

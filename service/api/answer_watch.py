@@ -14,6 +14,7 @@ from service.answer_digest import answer_digest
 from service.api.keepsake import Keepsake
 from service.captures import MAX_EXCHANGE_BYTES, Exchange
 from service.drift_intake import DriftTap
+from service.engine.errors import AdapterUnavailableError
 from service.engine.sequence import FinishReason, GenerationRequest, OutputChunk
 from service.errors import ClientDisconnectedError, DeadlineExceededError, GenerationFailedError
 from service.experiment import Arm, Measure
@@ -122,7 +123,7 @@ class AnswerWatch:
         self._ended = True
         if (trial := self._route.trial) is None:
             return
-        if isinstance(error, (GenerationFailedError, AdapterError)) or self._is_our_deadline(error):
+        if isinstance(error, (GenerationFailedError, AdapterError, AdapterUnavailableError)) or self._is_our_deadline(error):
             self._count({(trial.arm, Measure.ERROR): 1.0, (trial.arm, Measure.ABORTED): 0.0})
 
     def abandoned(self) -> None:

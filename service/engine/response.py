@@ -69,6 +69,10 @@ class Response:
         self._pending_text += self._text.flush()
         self._send(reason, error, embedding, measured)
 
+    def refuse(self, refusal: EngineError) -> None:
+        """Send, as the last chunk, that there is no answer."""
+        self._on_chunk(OutputChunk.of_refusal(refusal))
+
     def abandon(self, error: str) -> None:
         """Send a last chunk that says so and nothing else: what was held back may be what went wrong."""
         self._pending_text, self._pending_ids, self._pending_logprobs = "", [], []
