@@ -3,6 +3,7 @@
 AdapterError
 ├── AdapterFormatError    a directory is not a servable LoRA adapter (`check` says which check failed)
 │   ├── BaseMismatchError it was made for another base
+│   │   └── StaleAdapterError  the base of its time was changed since
 │   └── AdapterDamagedError  stored bytes are not what was published
 ├── AdapterNotFoundError  no such digest in the store
 ├── NoFreeSlotError       every slot is pinned by a running sequence
@@ -42,6 +43,12 @@ class BaseMismatchError(AdapterFormatError):
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message, check="base", param=param)
+
+
+class StaleAdapterError(BaseMismatchError):
+    """It was published for the base, or the quantization, that was loaded then; now there is another."""
+
+    code = "stale_adapter"
 
 
 class AdapterDamagedError(AdapterFormatError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
 
 import fsspec
@@ -44,6 +45,15 @@ def make_parents(filesystem: Any, path: str) -> None:
     make the bucket: a misspelt name must fail instead."""
     if filesystem.protocol not in ("s3", ("s3", "s3a")):
         filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+
+
+def stored_files(filesystem: Any, root: str) -> Iterator[tuple[str, float]]:
+    """Every file under `root`, by its path from there, with when it was written (unix seconds)."""
+    with storage_errors("listing files"):
+        for path, facts in filesystem.find(root, detail=True).items():
+            written = facts.get("mtime") or facts.get("LastModified") or facts.get("created")
+            at = written.timestamp() if isinstance(written, datetime) else float(written)
+            yield path.removeprefix(f"{root}/"), at
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
@@ -24,13 +24,14 @@ class Archive:
 
     @classmethod
     @contextmanager
-    def open(cls, settings: Settings) -> Iterator[Self]:
-        """Raises ServiceError when the database cannot be used."""
+    def open(cls, settings: Settings, on_damage: Callable[[str], None] = lambda reason: None) -> Iterator[Self]:
+        """`on_damage` as of AdapterStore. Raises ServiceError when the database cannot be used."""
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         database = connect(settings.resolved_database_url)
         url = settings.resolved_storage_url.rstrip("/")
         try:
             files = Files(database, f"{url}/files", max_bytes=settings.max_file_bytes)
-            yield cls(database, files, AdapterStore(f"{url}/adapters", settings.data_dir / "cache" / "adapters"), url)
+            cache = settings.data_dir / "cache" / "adapters"
+            yield cls(database, files, AdapterStore(f"{url}/adapters", cache, on_damage=on_damage), url)
         finally:
             database.close()

@@ -9,8 +9,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.drift.monitor import InputMonitor, OutputMonitor
 from adapters.adapter_files import AdapterSource
+from adapters.drift.monitor import InputMonitor, OutputMonitor
 from adapters.drift.reference import DriftReference, read_reference
 from service.drift_intake import StreamKey
 from service.drift_states import Reading

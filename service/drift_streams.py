@@ -43,7 +43,7 @@ MAX_IN_MEMORY = 64
 
 
 class DriftStreams:
-    """`files` brings an adapter's files of a drift reference, from wherever they are kept; `basis` is that of the loaded base."""
+    """`files` brings an adapter's drift reference, from wherever it is kept; `basis` is that of the loaded base."""
 
     def __init__(
         self,

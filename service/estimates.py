@@ -118,7 +118,7 @@ class Estimates:
             activation_bytes=base.activation_bytes,
             recompute=plan.config.recompute_layers is True,
         )
-        found = estimate(size, memory, tokens_per_second=self._jobs.tokens_per_second(base.fingerprint))
+        found = estimate(size, memory, tokens_per_second=self._jobs.tokens_per_second(base.identity))
         return JobEstimate(found, plan.resolved, data.num_train, data.num_valid)
 
     @contextmanager

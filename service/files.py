@@ -19,7 +19,7 @@ from sqlalchemy.engine import Connection
 
 from adapters.durable import write_file
 from adapters.errors import StoreError
-from adapters.storage import make_parents, open_storage, storage_errors
+from adapters.storage import make_parents, open_storage, storage_errors, stored_files
 from service.database import Database, Page, lock_tenant, new_id, page_of
 from service.errors import ConflictError, InvalidRequestError, NotFoundError, TooLargeError
 from service.quotas import check_files
@@ -164,6 +164,10 @@ class Files:
                 path = self._path(key)
                 if self._filesystem.exists(path):
                     self._filesystem.rm_file(path)
+
+    def stored(self) -> Iterator[tuple[str, float]]:
+        """Storage keys of all content that is there, with rows or without, and when it was written (unix seconds)."""
+        return stored_files(self._filesystem, self._root)
 
     def _write(self, key: str, chunks: Iterable[bytes]) -> None:
         if isinstance(self._filesystem, LocalFileSystem):

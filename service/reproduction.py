@@ -11,7 +11,6 @@ made again: it says how prompts look to the base, and takes an engine. An adapte
 from __future__ import annotations
 
 import hashlib
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing

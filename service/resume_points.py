@@ -6,6 +6,7 @@ Each attempt of a job writes under its own name, so a worker that lost its lease
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from adapters.durable import write_file
 from adapters.errors import StoreError
-from adapters.storage import make_parents, open_storage, storage_errors
+from adapters.storage import make_parents, open_storage, storage_errors, stored_files
 
 
 class ResumePoints:
@@ -44,6 +45,14 @@ class ResumePoints:
         except Exception as error:  # torch.load fails in many ways
             raise StoreError(f"the training state {reference} cannot be read: {error}") from error
         return state
+
+    def stored(self) -> Iterator[tuple[str, float]]:
+        """Ids of all jobs of which there are states, and when the newest was written (unix seconds)."""
+        newest: dict[str, float] = {}
+        for path, modified_at in stored_files(self._filesystem, self._root):
+            job_id = path.split("/", 1)[0]
+            newest[job_id] = max(modified_at, newest.get(job_id, 0.0))
+        return iter(newest.items())
 
     def discard(self, job_id: str, *, keep: str | None = None) -> None:
         """Remove a job's states, except the one `keep` refers to."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from adapters.drift.reference import write_reference
-from adapters.errors import AdapterError, StoreError
+from adapters.errors import AdapterError, StaleAdapterError, StoreError, TrainingError
 from adapters.host_memory import give_back
 from adapters.lora_weights import LoraWeights
 from adapters.packed_loss import Score
@@ -136,6 +136,13 @@ class TuningRun:
         return outcome
 
     def _run(self) -> None:
+        if self._job.spec.base_model != self._services.base.name:
+            raise TrainingError(
+                f"The job was made for the base '{self._job.spec.base_model}'; '{self._services.base.name}' is loaded now: "
+                "create it again",
+                code="base_changed",
+                param="model",
+            )
         files = JobFiles(
             self._services.files, self._job, self._services.base, self._services.base.max_model_len, self._check
         )
@@ -244,7 +251,10 @@ class TuningRun:
         if not self._job.resume_point:
             return {}
         try:
-            return self._services.resume_points.load(self._job.resume_point)
+            saved = self._services.resume_points.load(self._job.resume_point)
+            if saved.get("base") != self._services.base.identity:
+                raise StoreError("the base was changed since its training state was saved")
+            return saved
         except StoreError as error:
             self._say(f"Starting over: {error.message}", EventLevel.WARN)
             return {}
@@ -297,6 +307,11 @@ class TuningRun:
                 write_reference(Path(directory), made.reference)
             return self._services.store.publish(Path(directory))
 
+    def _keep_stored(self, digest: str, weights: LoraWeights, made: MadeReference | None) -> None:
+        """The same adapter may have been published, deleted and swept away under another name meanwhile."""
+        if not self._services.store.touch(digest):
+            self._publish(weights, made)
+
     def _succeed(
         self,
         trainer: Trainer,
@@ -320,11 +335,12 @@ class TuningRun:
             "estimate": dict(compared),
             "drift_reference": None if made is None else made.as_dict(),
         }
+        self._keep_stored(digest, trainer.best_weights(), made)  # the evaluation may have taken longer than the grace
         try:
             services.queue.succeed(
                 self._claim,
                 digest=digest,
-                base_fingerprint=services.base.fingerprint,
+                base_fingerprint=services.base.identity,
                 metrics=metrics,
                 trained_tokens=trainer.trained_tokens,
                 result_files=tables,
@@ -334,6 +350,7 @@ class TuningRun:
         except FencedWriteError:
             services.files.discard([table.storage_key for table in tables])
             raise
+        self._keep_stored(digest, trainer.best_weights(), made)
         logger.info("tuning.succeeded", extra={**self._ids(), "digest": digest, "steps": trainer.steps_done})
 
     # -- what the client sees of it ---------------------------------------------------------------------------
@@ -363,14 +380,17 @@ class TuningRun:
         if epoch % ceil(trainer.config.num_epochs / MAX_CHECKPOINTS):
             return
         metrics = step_metrics(trainer, trainer.history[-1], score, whole=True)
+        weights = trainer.adapter.weights()
+        digest = self._publish(weights)
         self._services.queue.checkpoint(
             self._claim,
             step=trainer.steps_done,
-            digest=self._publish(trainer.adapter.weights()),
-            base_fingerprint=self._services.base.fingerprint,
+            digest=digest,
+            base_fingerprint=self._services.base.identity,
             metrics={name: value for name, value in metrics.items() if name != "total_steps"},
             provenance=self._facts,
         )
+        self._keep_stored(digest, weights, None)
         self._say(f"Checkpoint created at step {trainer.steps_done}")
 
     def _say(
@@ -391,6 +411,7 @@ class TuningRun:
     def _save(self) -> None:
         points = self._services.resume_points
         state = {
+            "base": self._services.base.identity,
             "probe": self._probe.state_dict() if self._probe else None,
             "trainer": self._trainer.state_dict() if self._trainer else None,
         }
@@ -441,6 +462,12 @@ class TuningRun:
         digest = self._job.spec.parent_digest
         if digest is None:
             return None
+        if not self._services.queue.parent_is_of(self._claim, self._services.base.identity):
+            raise StaleAdapterError(
+                f"The job starts from '{self._job.spec.model}', which was trained on another base, or another "
+                "quantization, than the one that is loaded now: start a job from the base",
+                param="model",
+            )
         files = self._services.store.read(digest)
         return read_adapter(files, self._services.base.signature, max_rank=self._services.max_lora_rank)
 

@@ -160,7 +160,7 @@ class TuningEvaluation:
         time.sleep(BREATH_SECONDS)
 
     def _fits_base(self, version: AdapterVersion) -> bool:
-        return version.base_fingerprint == self._services.base.fingerprint
+        return version.base_fingerprint == self._services.base.identity
 
     def _source(self) -> str:
         """Where the examples are from. Those that the run was validated on have chosen its checkpoint, too."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-SECRET = "a-secret-that-no-log-may-show"  # noqa: S105
+SECRET = "a-secret-that-no-log-may-show"
 
 
 @contextmanager

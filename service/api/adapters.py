@@ -29,6 +29,7 @@ from service.api.services import Services, ServicesDep
 from service.card import make_card
 from service.card_markdown import card_markdown
 from service.errors import InvalidRequestError, TooLargeError
+from service.registry import Registry
 from service.versions import AdapterVersion
 
 router = APIRouter(route_class=JsonRoute, tags=["adapters"])
@@ -40,7 +41,9 @@ _CHUNK_BYTES = 1024 * 1024
 @router.get("/v1/adapters", dependencies=[Depends(only_query())])
 def list_adapters(tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
     aliases = services.registry.aliases.list(tenant.id)
-    return list_body([adapter_body(version, aliases) for version in services.registry.versions(tenant.id)])
+    return list_body(
+        [adapter_body(version, aliases, services.registry) for version in services.registry.versions(tenant.id)]
+    )
 
 
 @router.post("/v1/adapters")
@@ -62,7 +65,7 @@ async def import_adapter(request: Request, tenant: TenantDep, services: Services
             alias=alias,
         )
     aliases = await run_in_threadpool(services.registry.aliases.list, tenant.id)
-    return adapter_body(version, aliases)
+    return adapter_body(version, aliases, services.registry)
 
 
 @router.get("/v1/adapters/{model:path}/card", dependencies=[Depends(only_query("format"))])
@@ -101,10 +104,10 @@ def export_adapter(
 def get_adapter(model: str, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
     """By version id, checkpoint id or alias."""
     version = services.registry.version(tenant.id, model)
-    return adapter_body(version, services.registry.aliases.list(tenant.id))
+    return adapter_body(version, services.registry.aliases.list(tenant.id), services.registry)
 
 
-def adapter_body(version: AdapterVersion, aliases: Sequence[Alias]) -> dict[str, Any]:
+def adapter_body(version: AdapterVersion, aliases: Sequence[Alias], registry: Registry) -> dict[str, Any]:
     return {
         "id": version.id,
         "object": "adapter",
@@ -114,6 +117,7 @@ def adapter_body(version: AdapterVersion, aliases: Sequence[Alias]) -> dict[str,
         "step": version.step,
         "base_model": version.base_model,
         "base_fingerprint": version.base_fingerprint,
+        "stale": not registry.serves(version),
         "metrics": dict(version.metrics),
         "created_at": int(version.created_at),
         "aliases": [alias.name for alias in aliases if alias.model == version.id],
@@ -132,6 +136,7 @@ def _card(services: Services, version: AdapterVersion, request: Request) -> dict
         active=[alias.name for alias in aliases.list(version.tenant_id) if alias.model == version.id],
         files=files,
         url=_reached_at(request),
+        stale=not services.registry.serves(version),
     )
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from service.engine.base_description import BaseDescription
 from service.engine.detokenizer import Detokenizer, TokenBytes
+from service.engine.errors import EngineError
 from service.engine.sampler import Sampled
 from service.engine.sequence import FinishReason, GenerationRequest, Measured, OutputChunk, TokenLogprob
 

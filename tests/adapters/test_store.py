@@ -100,7 +100,7 @@ def test_one_flipped_byte_in_the_store_is_found_and_set_aside(
     digest = store.publish(_adapter(tmp_path / "a"))
     _Stored(store).flip(digest, name)
     again = _restarted(url, tmp_path)
-    with pytest.raises(AdapterDamagedError, match="was damaged: (its|')") as caught:
+    with pytest.raises(AdapterDamagedError, match=r"was damaged: (its|')") as caught:
         getattr(again, by)(digest)
     assert (caught.value.check, caught.value.digest) == ("digest", digest)
     assert again.is_quarantined(digest) and not again.exists(digest) and again.digests() == []

@@ -96,7 +96,7 @@ def _said(workshop: Workshop, job: Job, word: str = "rift reference") -> list[st
 
 @pytest.mark.slow
 def test_a_job_leaves_a_reference_of_what_transformers_computes_on_the_quantized_base(
-    workshop: Workshop, tiny_llama_dir: Path
+    workshop: Workshop, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     rows = _conversations()
     job = workshop.submit(rows, hyperparameters=ONCE)
