@@ -29,7 +29,8 @@ def make_card(
     url: str,
     stale: bool = False,
 ) -> dict[str, Any]:
-    """JSON values. `stale`: the loaded base is another than the adapter's. `files` is the store's list of the adapter's files, `url` where the reader reached the service."""
+    """JSON values. `stale`: the loaded base is another than the adapter's. `files` is the store's list of the adapter's
+    files, `url` where the reader reached the service."""
     note = dict(version.provenance or {})
     return {
         "object": "adapter.card",

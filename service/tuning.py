@@ -138,8 +138,8 @@ class TuningRun:
     def _run(self) -> None:
         if self._job.spec.base_model != self._services.base.name:
             raise TrainingError(
-                f"The job was made for the base '{self._job.spec.base_model}'; '{self._services.base.name}' is loaded now: "
-                "create it again",
+                f"The job was made for the base '{self._job.spec.base_model}', and now "
+                f"'{self._services.base.name}' is loaded: create it again",
                 code="base_changed",
                 param="model",
             )
