@@ -157,9 +157,9 @@ class Registry:
         """Raises StaleAdapterError."""
         if not self.serves(version):
             raise StaleAdapterError(
-                f"Model '{version.id}' is stale: it was trained on '{version.base_model}' with other weights, or "
-                f"another quantization, than the loaded base '{self.base.name}'. Fine-tune it again (or import it again), or "
-                "let the operator go back to the former base",
+                f"Model '{version.id}' is stale: it was trained on '{version.base_model}' with other weights or "
+                f"another quantization than the loaded base '{self.base.name}'. Fine-tune or import it again, or let "
+                "the operator go back to the former base",
                 param="model",
             )
 

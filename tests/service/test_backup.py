@@ -96,10 +96,7 @@ def test_what_is_restored_is_what_was_there(place: Place, tmp_path: Path) -> Non
         store = AdapterStore(str(tmp_path / "again" / "storage" / "adapters"), tmp_path / "cache")
         assert store.read(second) == place.store.read(second)
         files, tenant = Files(database, str(tmp_path / "again" / "storage" / "files")), place.control.acme.id
-        assert (
-            files.open(place.control.acme.id, file_id).read()
-            == place.control.files.open(place.control.acme.id, file_id).read()
-        )
+        assert files.open(tenant, file_id).read() == place.control.files.open(tenant, file_id).read()
     assert ResumePoints(str(tmp_path / "again" / "storage")).load(f"{job.id}/attempt-000001.pt") == {"step": 3}
 
 
