@@ -24,7 +24,7 @@ from typing import Any
 import structlog
 
 from adapters.durable import fsync_path, make_directories
-from adapters.errors import StoreError
+from adapters.errors import AdapterNotFoundError, StoreError
 from adapters.storage import make_parents, open_storage, storage_errors
 from adapters.store import AdapterStore
 from service.database import Database, connect
@@ -82,7 +82,7 @@ def take_backup(
                 names = _needed_files(wanted, store)
                 for name, sha256 in names.items():
                     copies.add(name, sha256)
-            except (_Gone, FileNotFoundError) as gone:
+            except (_Gone, AdapterNotFoundError) as gone:
                 log.info("backup_begins_another_round", reason=str(gone))
                 continue
             copies.keep_only(names)

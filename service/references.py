@@ -6,7 +6,6 @@ target that an alias, an experiment or a rollback can reach is a version: one th
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -45,15 +44,14 @@ def needed(connection: Connection, digest: str) -> bool:
 
 
 def hold_new_references(connection: Connection) -> None:
-    """Until this transaction ends nobody's row begins to need an adapter, and those that were about to are waited for.
+    """Until this transaction ends no version is published, and those that were about to be are waited for.
 
     A publisher that committed its row therefore finds out, by a look at the store afterwards, whether it was swept.
-    On SQLite a write transaction alone does that.
+    Jobs, merges and experiments only ever begin to need what is a version's; so one table is enough, and whoever locks
+    no second one waits in no circle. On SQLite a write transaction alone does it.
     """
     if connection.dialect.name == "postgresql":
-        tables: Collection[sa.Table] = (adapter_versions, jobs, merges, experiments)
-        names = ", ".join(table.name for table in tables)
-        connection.exec_driver_sql(f"LOCK TABLE {names} IN SHARE MODE")
+        connection.exec_driver_sql(f"LOCK TABLE {adapter_versions.name} IN SHARE MODE")
 
 
 def _digests() -> sa.CompoundSelect[tuple[str]]:
