@@ -137,7 +137,7 @@ def workshop(tiny_base: BaseModel, tmp_path: Path) -> Iterator[Workshop]:
     url = f"sqlite:///{tmp_path / 'rootstock.db'}"
     database = connect(url)
     control = make_control(database, url, tmp_path / "storage")
-    registry = Registry(database, BaseIdentity("tiny", tiny_base.fingerprint))
+    registry = Registry(database, BaseIdentity("tiny", tiny_base.identity))
     control = replace(control, registry=registry)
     store, tally = AdapterStore(str(tmp_path / "storage"), tmp_path / "cache"), Tally()
     engine = Engine(
