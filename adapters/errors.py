@@ -2,7 +2,9 @@
 
 AdapterError
 ├── AdapterFormatError    a directory is not a servable LoRA adapter (`check` says which check failed)
-│   └── BaseMismatchError it was made for another base
+│   ├── BaseMismatchError it was made for another base
+│   │   └── StaleAdapterError  the base of its time was changed since
+│   └── AdapterDamagedError  stored bytes are not what was published
 ├── AdapterNotFoundError  no such digest in the store
 ├── NoFreeSlotError       every slot is pinned by a running sequence
 ├── StoreError            the artifact store did not answer as it should
@@ -41,6 +43,22 @@ class BaseMismatchError(AdapterFormatError):
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message, check="base", param=param)
+
+
+class StaleAdapterError(BaseMismatchError):
+    """It was published for the base, or the quantization, that was loaded then; now there is another."""
+
+    code = "stale_adapter"
+
+
+class AdapterDamagedError(AdapterFormatError):
+    """What is stored under `digest` is not what was published; it is set aside and never parsed."""
+
+    code = "adapter_damaged"
+
+    def __init__(self, digest: str, how: str) -> None:
+        super().__init__(f"Adapter {digest} was damaged: {how}", check="digest")
+        self.digest = digest
 
 
 class AdapterNotFoundError(AdapterError):

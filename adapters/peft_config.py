@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 from adapters.errors import AdapterFormatError, BaseMismatchError
@@ -50,10 +49,10 @@ _READ_OR_HARMLESS = {
 }  # fmt: skip
 
 
-def read_config(directory: Path, base: BaseSignature, max_rank: int) -> LoraSpec:
-    """The LoRA that a PEFT directory's configuration describes. Raises as `read_adapter`."""
+def read_config(content: bytes, base: BaseSignature, max_rank: int) -> LoraSpec:
+    """The LoRA that a PEFT directory's configuration file describes. Raises as `read_adapter`."""
     try:
-        config = json.loads((directory / CONFIG_NAME).read_text())
+        config = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         raise AdapterFormatError(f"{CONFIG_NAME} is not JSON: {error}", check="config") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":

@@ -11,15 +11,17 @@ import re
 from collections.abc import Iterable, Mapping
 from math import inf, isfinite, prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 
+from adapters.adapter_files import AdapterSource, content, is_file, names
 from adapters.errors import AdapterFormatError, BaseMismatchError
 from adapters.lora_weights import BaseSignature, LinearShape, LoraPair, LoraSpec, LoraWeights
 from adapters.peft_config import CONFIG_NAME, read_config
+from adapters.tensor_file import TensorFile
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _KEY_PREFIX = "base_model.model."
@@ -27,17 +29,17 @@ _LORA_KEY = re.compile(re.escape(_KEY_PREFIX) + r"(.+)\.lora_([AB])(?:\.default)
 _FLOAT_DTYPES = {"F32", "F16", "BF16", "F64"}
 
 
-def read_adapter(directory: Path, base: BaseSignature, *, max_rank: int) -> LoraWeights:
-    """Read a PEFT LoRA directory for this base.
+def read_adapter(source: AdapterSource, base: BaseSignature, *, max_rank: int) -> LoraWeights:
+    """Read a PEFT LoRA directory, or its files, for this base. Each file is read once.
 
     Raises:
         AdapterFormatError: `check` names what failed: files, pickle, config, unsupported, rank, base,
             safetensors, match, shape, dtype, finite.
     """
-    _check_files(directory)
-    spec = read_config(directory, base, max_rank)
+    _check_files(source)
+    spec = read_config(content(source, CONFIG_NAME), base, max_rank)
     expected = {name: base.modules[name] for name in spec.matching(base)}
-    tensors = _read_tensors(directory / WEIGHTS_NAME, base, expected, spec)
+    tensors = _read_tensors(source, base, expected, spec)
     modules = {name: _pair(name, spec, tensors) for name in expected}
     _check_finite(modules)
     return LoraWeights(spec, modules)
@@ -54,9 +56,8 @@ def max_weights_bytes(base: BaseSignature, max_rank: int) -> int:
 def base_check(directory: Path) -> Literal["fingerprint", "name", "shapes"]:
     """How far a directory that `read_adapter` has taken vouches for its base: by the base's fingerprint, by its name
     only, or not at all, so that nothing but shapes was compared."""
-    with safe_open(directory / WEIGHTS_NAME, framework="pt") as file:
-        if (file.metadata() or {}).get("base_fingerprint"):
-            return "fingerprint"
+    if TensorFile((directory / WEIGHTS_NAME).read_bytes()).metadata.get("base_fingerprint"):
+        return "fingerprint"
     named = json.loads((directory / CONFIG_NAME).read_text()).get("base_model_name_or_path")
     return "name" if named else "shapes"
 
@@ -110,30 +111,30 @@ def _with_sorted_metadata(data: bytes) -> bytes:
     return data[:8] + encoded.ljust(size) + data[8 + size :]
 
 
-def _check_files(directory: Path) -> None:
-    if not (directory / CONFIG_NAME).is_file():
+def _check_files(source: AdapterSource) -> None:
+    if not is_file(source, CONFIG_NAME):
         raise AdapterFormatError(f"{CONFIG_NAME} is missing", check="files")
-    if not (directory / WEIGHTS_NAME).is_file():
-        if any(directory.glob("*.bin")) or any(directory.glob("*.pt")) or any(directory.glob("*.pkl")):
+    if not is_file(source, WEIGHTS_NAME):
+        if any(name.endswith((".bin", ".pt", ".pkl")) for name in names(source)):
             raise AdapterFormatError("pickled weights are refused; save as safetensors", check="pickle")
         raise AdapterFormatError(f"{WEIGHTS_NAME} is missing", check="files")
 
 
 def _read_tensors(
-    path: Path, base: BaseSignature, expected: Mapping[str, LinearShape], spec: LoraSpec
+    source: AdapterSource, base: BaseSignature, expected: Mapping[str, LinearShape], spec: LoraSpec
 ) -> dict[str, torch.Tensor]:
-    """All LoRA tensors by `module.lora_A|B`. Shapes are checked on the header, before any byte is read."""
+    """All LoRA tensors by `module.lora_A|B`. Shapes are checked on the header, before any tensor is made."""
     try:
-        with safe_open(path, framework="pt") as file:
-            fingerprint = (file.metadata() or {}).get("base_fingerprint")
-            if fingerprint is not None and fingerprint != base.fingerprint:
-                raise BaseMismatchError("the adapter was trained on other base weights than those loaded")
-            found, copies = _classify(file.keys(), expected)
-            for key, (name, half) in found.items():
-                _check_header(file.get_slice(key), key, expected[name], spec.rank_of(name), half)
-            for key in copies:
-                _check_copy(file, key, base)
-            return {f"{name}.lora_{half}": file.get_tensor(key) for key, (name, half) in found.items()}
+        file = TensorFile(content(source, WEIGHTS_NAME))
+        fingerprint = file.metadata.get("base_fingerprint")
+        if fingerprint is not None and fingerprint != base.fingerprint:
+            raise BaseMismatchError("the adapter was trained on other base weights than those loaded")
+        found, copies = _classify(file.keys(), expected)
+        for key, (name, half) in found.items():
+            _check_header(file, key, expected[name], spec.rank_of(name), half)
+        for key in copies:
+            _check_copy(file, key, base)
+        return {f"{name}.lora_{half}": file.tensor(key) for key, (name, half) in found.items()}
     except (SafetensorError, OSError, MemoryError, ValueError, RuntimeError) as error:
         raise AdapterFormatError(f"{WEIGHTS_NAME}: {error}", check="safetensors") from None
 
@@ -160,23 +161,23 @@ def _classify(keys: Iterable[str], expected: Mapping[str, LinearShape]) -> tuple
     return found, copies
 
 
-def _check_header(view: Any, key: str, shape: LinearShape, rank: int, half: str) -> None:
+def _check_header(file: TensorFile, key: str, shape: LinearShape, rank: int, half: str) -> None:
     want = [rank, shape.in_features] if half == "A" else [shape.out_features, rank]
-    if list(view.get_shape()) != want:
-        raise AdapterFormatError(f"{key} has shape {list(view.get_shape())}, expected {want}", check="shape")
-    if view.get_dtype() not in _FLOAT_DTYPES:
-        raise AdapterFormatError(f"{key} has dtype {view.get_dtype()}", check="dtype")
+    if list(file.shape(key)) != want:
+        raise AdapterFormatError(f"{key} has shape {list(file.shape(key))}, expected {want}", check="shape")
+    if file.dtype(key) not in _FLOAT_DTYPES:
+        raise AdapterFormatError(f"{key} has dtype {file.dtype(key)}", check="dtype")
 
 
-def _check_copy(file: Any, key: str, base: BaseSignature) -> None:
+def _check_copy(file: TensorFile, key: str, base: BaseSignature) -> None:
     """PEFT saves the embeddings beside an lm_head adapter; they must be the base's own."""
     name = key.removeprefix(_KEY_PREFIX).replace(".base_layer.", ".")
     own = base.embeddings.get(name)
     if own is None:
         raise AdapterFormatError(f"{key} is no LoRA tensor", check="match")
-    if list(file.get_slice(key).get_shape()) != list(own.shape):
+    if list(file.shape(key)) != list(own.shape):
         raise BaseMismatchError(f"{key} has another shape than the base's embeddings")
-    if not own.is_copied_by(file.get_tensor(key)):
+    if not own.is_copied_by(file.tensor(key)):
         raise BaseMismatchError(f"{key} differs from the base's own: trained embeddings cannot be served")
 
 

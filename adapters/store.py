@@ -1,10 +1,12 @@
 """Immutable adapter directories, named by what is in them. Knows their file names and bytes, not their tensors.
 
     {url}/sha256/{digest}/adapter_config.json, adapter_model.safetensors, small notes, a drift reference, manifest.json
+    {url}/quarantine/{digest}.{when}/…  what was found damaged
 
 `manifest.json` lists each file's sha256 and size; the digest is the sha256 of the manifest, so it vouches for every
 byte. A directory is there completely or not at all: locally by a rename after fsync, remotely because the manifest is
-written last and read first. Nothing that could hold a pickle is accepted.
+written last and read first. Nothing that could hold a pickle is accepted. Every read is verified, and what it returns
+are the very bytes that were hashed.
 """
 
 from __future__ import annotations
@@ -15,20 +17,22 @@ import os
 import re
 import shutil
 import threading
+import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from adapters.drift.reference import TENSORS
 from adapters.durable import fsync_path, make_directories
-from adapters.errors import AdapterFormatError, AdapterNotFoundError, StoreError
+from adapters.errors import AdapterDamagedError, AdapterFormatError, AdapterNotFoundError
 from adapters.steps import Reached, unwatched
+from adapters.storage import make_parents, open_storage, storage_errors
 
 REQUIRED_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 NOTE_SUFFIXES = frozenset({".json", ".md", ".csv"})
@@ -36,32 +40,56 @@ MAX_NOTE_BYTES = 4 * 1024 * 1024
 MAX_REFERENCE_BYTES = 32 * 1024 * 1024
 """Of the drift reference's tensors, whose directions are as long as the base's hidden states."""
 MANIFEST = "manifest.json"
+_PIECE_BYTES = 1024 * 1024
+T = TypeVar("T")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Something in the store's place that is no adapter: `kind` is temporary, unfinished, quarantined or cached."""
+
+    kind: str
+    path: str
+    modified_at: float
 
 
 class AdapterStore:
     """`url` is an fsspec url or a local directory; `cache_dir` holds local copies of a remote store's adapters;
-    `reached` hears of the steps of publishing to a local one."""
+    `reached` hears of the steps of publishing to a local one.
 
-    def __init__(self, url: str, cache_dir: Path, reached: Reached = unwatched) -> None:
-        self._filesystem, root = fsspec.core.url_to_fs(url)
-        self._root = f"{root.rstrip('/')}/sha256"
+    `on_damage` hears of damage that was mended: `cached_copy` (fetched again), `stored_original` (restored from a good
+    copy). What is lost is raised.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        cache_dir: Path,
+        reached: Reached = unwatched,
+        *,
+        on_damage: Callable[[str], None] = lambda reason: None,
+    ) -> None:
+        self._filesystem, place = open_storage(url)
+        self._root = f"{place}/sha256"
+        self._quarantine = f"{place}/quarantine"
         self._is_local = isinstance(self._filesystem, LocalFileSystem)
         self._local = Path(self._root) if self._is_local else cache_dir / "sha256"
         self._reached = reached
-        self._verified: set[str] = set()
+        self._on_damage = on_damage
         self._lock = threading.Lock()
         self._transfers: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
 
     def publish(self, directory: Path) -> str:
-        """Store the files of `directory`, durable when it returns; their digest. The same files again cost nothing.
+        """Store the files of `directory`, durable when it returns; their digest. What is there already is verified, and
+        as young as new: see `touch`.
 
         Raises AdapterFormatError(check="files") for a file that may not be part of an adapter.
         """
         manifest = _manifest_of(directory)
         digest = hashlib.sha256(manifest).hexdigest()
-        with _store_errors(f"publishing adapter {digest}"), self._transfer(digest):
-            is_there = self.exists(digest)
+        with storage_errors(f"publishing adapter {digest}"), self._transfer(digest):
+            is_there = self._holds(digest)
             if is_there and self._is_local:
                 fsync_path(self._local)  # who put it there may have been killed, or have failed, just before this
             elif self._is_local:
@@ -70,82 +98,204 @@ class AdapterStore:
                 self._upload(digest, manifest, directory)
         return digest
 
-    def directory(self, digest: str) -> Path:
-        """A local directory with exactly the published files. The bytes are checked once per process.
+    def read(self, digest: str, names: Collection[str] | None = None) -> dict[str, bytes]:
+        """The published files, or those of `names` that were published. Verified every time, from the bytes returned.
 
-        Raises AdapterNotFoundError, AdapterFormatError(check="digest") when a byte has changed, StoreError.
+        Damaged originals are set aside (`quarantine`), damaged local copies fetched again. Raises AdapterNotFoundError,
+        AdapterDamagedError, StoreError.
         """
         path = self._local / _checked(digest)
-        with self._lock:
-            verified = digest in self._verified
-        if verified and path.is_dir():
-            return path
-        with _store_errors(f"reading adapter {digest}"), self._transfer(digest):
+        with storage_errors(f"reading adapter {digest}"), self._transfer(digest):
             if self._is_local:
-                _verify_present(path, digest)
-            else:
-                self._verify_or_fetch(path, digest)
-        with self._lock:
-            self._verified.add(digest)
-        return path
+                return self._original(digest, lambda: _read(path, digest, names))
+            try:
+                return _read(path, digest, names)
+            except FileNotFoundError:
+                pass
+            except AdapterDamagedError:
+                self._drop_copy(digest)
+            self._original(digest, lambda: self._fetch(digest))
+            return _read(path, digest, names)
+
+    def verify(self, digest: str, pace: Callable[[int], None] = lambda num_bytes: None) -> None:
+        """Read what is stored, from where it is stored, and a local copy of it; `pace` hears of every piece read.
+
+        A good copy mends a damaged original. Raises as `read` does, and sets aside as it does.
+        """
+        with storage_errors(f"verifying adapter {_checked(digest)}"):
+            copy = None if self._is_local else self._good_copy(digest)
+            try:
+                self._original(digest, lambda: self._hash_all(digest, pace))
+            except AdapterDamagedError:
+                if copy is None:
+                    raise
+                self._on_damage("stored_original")
+                self._upload(digest, (copy / MANIFEST).read_bytes(), copy)
 
     def manifest(self, digest: str) -> dict[str, dict[str, Any]]:
         """The published files: name -> sha256, bytes. Only this list is read, and checked against the digest.
 
-        Raises AdapterNotFoundError, AdapterFormatError(check="digest"), StoreError.
+        Raises AdapterNotFoundError, AdapterDamagedError, StoreError.
         """
-        with _store_errors(f"reading adapter {_checked(digest)}"):
-            try:
-                manifest = self._filesystem.cat_file(self._remote(digest, MANIFEST))
-            except FileNotFoundError:
-                raise _not_found(digest) from None
-        return _check_manifest(manifest, digest)
+        with storage_errors(f"reading adapter {_checked(digest)}"):
+            return self._original(digest, lambda: self._entries(digest))
 
     def exists(self, digest: str) -> bool:
-        return bool(self._filesystem.exists(self._remote(_checked(digest), MANIFEST)))
+        with storage_errors(f"looking for adapter {_checked(digest)}"):
+            return bool(self._filesystem.exists(self._remote(digest, MANIFEST)))
+
+    def touch(self, digest: str) -> bool:
+        """Make a stored adapter as young as one just published, so that nobody sweeps it away before a row names it.
+        False when it is not there."""
+        with storage_errors(f"touching adapter {_checked(digest)}"), self._transfer(digest):
+            return self._touch(digest)
 
     def delete(self, digest: str) -> None:
         """Forget the adapter; one that is not there is no error."""
-        with self._lock:
-            self._verified.discard(_checked(digest))
-        with _store_errors(f"deleting adapter {digest}"):
-            if not self._is_local and self.exists(digest):
-                self._filesystem.rm_file(self._remote(digest, MANIFEST))  # first: without it nothing is there
-                self._filesystem.rm(self._remote(digest), recursive=True)
+        with storage_errors(f"deleting adapter {_checked(digest)}"):
+            if not self._is_local and self._filesystem.exists(self._remote(digest)):
+                with suppress(FileNotFoundError):
+                    self._filesystem.rm_file(self._remote(digest, MANIFEST))  # first: without it nothing is there
+                with suppress(FileNotFoundError):
+                    self._filesystem.rm(self._remote(digest), recursive=True)
             if (self._local / digest).is_dir():
                 _remove(self._local / digest)
 
     def digests(self) -> list[str]:
         """Every adapter stored, sorted."""
-        with _store_errors("listing adapters"):
-            if not self._filesystem.isdir(self._root):
-                return []
-            names = [path.rstrip("/").rsplit("/", 1)[-1] for path in self._filesystem.ls(self._root, detail=False)]
-            return sorted(name for name in names if _DIGEST.fullmatch(name) and self.exists(name))
+        with storage_errors("listing adapters"):
+            return sorted(name for name in self._names() if _DIGEST.fullmatch(name) and self.exists(name))
+
+    def modified_at(self, digest: str) -> float | None:
+        """When it was published or touched, unix seconds by the storage's clock; None when it is not there."""
+        with storage_errors(f"looking for adapter {_checked(digest)}"):
+            return self._modified(self._remote(digest, MANIFEST))
+
+    def is_quarantined(self, digest: str) -> bool:
+        """Whether it was found damaged, and nobody has published the same again."""
+        return not self.exists(digest) and any(name.startswith(f"{digest}.") for name in self._quarantined())
+
+    def leftovers(self) -> list[Leftover]:
+        """What interrupted publishers and readers left, what is in quarantine, and copies of what is gone."""
+        with storage_errors("looking for leftovers"):
+            return [*self._temporary(), *self._unfinished(), *self._set_aside(), *self._gone_copies()]
+
+    def remove(self, leftover: Leftover) -> None:
+        with storage_errors("removing a leftover"):
+            if leftover.kind == "cached" or self._is_local or leftover.kind == "temporary":
+                shutil.rmtree(leftover.path, ignore_errors=True)
+                return
+            with suppress(FileNotFoundError):
+                self._filesystem.rm(leftover.path, recursive=True)
+
+    # -- originals --------------------------------------------------------------------------------------------
+
+    def _original(self, digest: str, read: Callable[[], T]) -> T:
+        """What `read` makes of the original. It is set aside only after a second look: the first may have been a
+        faulty transfer."""
+        for look in (1, 2):
+            try:
+                return read()
+            except FileNotFoundError:
+                if any(name.startswith(f"{digest}.") for name in self._quarantined()):
+                    raise AdapterDamagedError(digest, "it is in quarantine") from None
+                raise _not_found(digest) from None
+            except AdapterDamagedError:
+                if look == 2:
+                    self._set_apart(digest)
+                    raise
+        raise AssertionError("unreachable")
+
+    def _set_apart(self, digest: str) -> None:
+        """Nobody finds it under its digest any more; what there is of it stays, for whoever wants to know why."""
+        place = f"{self._quarantine}/{digest}.{time.time_ns()}"
+        if self._is_local:
+            make_directories(Path(self._quarantine))
+            with suppress(FileNotFoundError):
+                os.rename(self._local / digest, place)
+            fsync_path(self._local)
+            return
+        names = [path.rsplit("/", 1)[-1] for path in self._filesystem.ls(self._remote(digest), detail=False)]
+        for name in sorted(names, key=lambda name: name != MANIFEST):  # first: without it nothing is there
+            with suppress(FileNotFoundError):
+                self._filesystem.mv(self._remote(digest, name), f"{place}/{name}")
+
+    def _holds(self, digest: str) -> bool:
+        """Whether a good original is there; it is touched then."""
+        try:
+            self._original(digest, lambda: self._hash_all(digest, lambda num_bytes: None))
+        except (AdapterNotFoundError, AdapterDamagedError):
+            return False
+        return self._touch(digest)
+
+    def _touch(self, digest: str) -> bool:
+        path = self._remote(digest, MANIFEST)
+        try:
+            if self._is_local:
+                os.utime(path)
+            else:
+                self._filesystem.pipe_file(path, self._filesystem.cat_file(path))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _entries(self, digest: str) -> dict[str, Any]:
+        return _check_manifest(self._filesystem.cat_file(self._remote(digest, MANIFEST)), digest)
+
+    def _hash_all(self, digest: str, pace: Callable[[int], None]) -> None:
+        if self._is_local and (self._local / digest).is_dir():
+            _read(self._local / digest, digest, ())  # the manifest is there, and no other files are
+        for name, entry in self._entries(digest).items():
+            counted, found = 0, hashlib.sha256()
+            try:
+                with self._filesystem.open(self._remote(digest, name), "rb") as stream:
+                    while piece := stream.read(_PIECE_BYTES):
+                        counted += len(piece)
+                        found.update(piece)
+                        pace(len(piece))
+            except FileNotFoundError:
+                raise AdapterDamagedError(digest, f"'{name}' is missing") from None
+            if counted != entry["bytes"] or found.hexdigest() != entry["sha256"]:
+                raise AdapterDamagedError(digest, f"'{name}' is not what was published")
 
     def _upload(self, digest: str, manifest: bytes, directory: Path) -> None:
-        self._filesystem.makedirs(self._remote(digest), exist_ok=True)
+        make_parents(self._filesystem, self._remote(digest, MANIFEST))
         for name in json.loads(manifest)["files"]:
             self._filesystem.put_file(str(directory / name), self._remote(digest, name))
         self._filesystem.pipe_file(self._remote(digest, MANIFEST), manifest)
 
-    def _verify_or_fetch(self, path: Path, digest: str) -> None:
-        if path.is_dir():
-            try:
-                _verify(path, digest)
-                return
-            except AdapterFormatError:
-                _remove(path)  # only a copy: the store has the original
-        self._fetch(digest)
-        _verify(path, digest)
+    # -- local copies -----------------------------------------------------------------------------------------
+
+    def _good_copy(self, digest: str) -> Path | None:
+        """Where it lies; a bad one is dropped."""
+        try:
+            _read(self._local / digest, digest, None)
+        except FileNotFoundError:
+            return None
+        except AdapterDamagedError:
+            self._drop_copy(digest)
+            return None
+        return self._local / digest
+
+    def _drop_copy(self, digest: str) -> None:
+        self._on_damage("cached_copy")
+        with suppress(FileNotFoundError):
+            _remove(self._local / digest)
 
     def _fetch(self, digest: str) -> None:
-        try:
-            manifest = self._filesystem.cat_file(self._remote(digest, MANIFEST))
-        except FileNotFoundError:
-            raise _not_found(digest) from None
-        _check_manifest(manifest, digest)
-        self._install(digest, manifest, lambda name, to: self._filesystem.get_file(self._remote(digest, name), str(to)))
+        """A verified local copy of the original."""
+        manifest = self._filesystem.cat_file(self._remote(digest, MANIFEST))
+        entries = _check_manifest(manifest, digest)
+
+        def copy(name: str, target: Path) -> None:
+            try:
+                self._filesystem.get_file(self._remote(digest, name), str(target))
+            except FileNotFoundError:
+                raise AdapterDamagedError(digest, f"'{name}' is missing") from None
+            if target.stat().st_size != entries[name]["bytes"] or _sha256(target) != entries[name]["sha256"]:
+                raise AdapterDamagedError(digest, f"'{name}' is not what was published")
+
+        self._install(digest, manifest, copy)
 
     def _install(self, digest: str, manifest: bytes, copy: Callable[[str, Path], Any]) -> None:
         """Build the directory under another name, make it durable, then let it appear under its digest."""
@@ -169,8 +319,58 @@ class AdapterStore:
         fsync_path(self._local)
         self._reached("publish.durable")
 
+    # -- what is lying about ----------------------------------------------------------------------------------
+
+    def _temporary(self) -> Iterator[Leftover]:
+        for path in self._local.glob(".*.tmp"):
+            with suppress(FileNotFoundError):
+                yield Leftover("temporary", str(path), path.stat().st_mtime)
+
+    def _unfinished(self) -> Iterator[Leftover]:
+        """Uploads without a manifest, as old as their youngest file."""
+        if self._is_local:
+            return
+        for name in self._names():
+            if not _DIGEST.fullmatch(name) or self.exists(name):
+                continue
+            files = self._filesystem.ls(self._remote(name), detail=False)
+            times = [time for path in files if (time := self._modified(path)) is not None]
+            if times:
+                yield Leftover("unfinished", self._remote(name), max(times))
+
+    def _set_aside(self) -> Iterator[Leftover]:
+        for name in self._quarantined():
+            yield Leftover("quarantined", f"{self._quarantine}/{name}", int(name.rsplit(".", 1)[-1]) / 1e9)
+
+    def _gone_copies(self) -> Iterator[Leftover]:
+        if self._is_local or not self._local.is_dir():
+            return
+        for path in self._local.iterdir():
+            if _DIGEST.fullmatch(path.name) and not self.exists(path.name):
+                with suppress(FileNotFoundError):
+                    yield Leftover("cached", str(path), path.stat().st_mtime)
+
+    def _names(self) -> list[str]:
+        return self._listed(self._root)
+
+    def _quarantined(self) -> list[str]:
+        return self._listed(self._quarantine)
+
+    def _listed(self, directory: str) -> list[str]:
+        try:
+            found = self._filesystem.ls(directory, detail=False)
+        except FileNotFoundError:
+            return []
+        return [name for path in found if (name := path.rstrip("/").rsplit("/", 1)[-1])]
+
+    def _modified(self, path: str) -> float | None:
+        try:
+            return float(self._filesystem.modified(path).timestamp())
+        except FileNotFoundError:
+            return None
+
     def _transfer(self, digest: str) -> threading.Lock:
-        """Held while an adapter's files move or are checked: one thread does it, the others find it done."""
+        """Held while an adapter's files move or are read: one thread fetches them, the others find them there."""
         with self._lock:
             return self._transfers.setdefault(digest, threading.Lock())
 
@@ -215,29 +415,35 @@ def _check_file(path: Path) -> None:
         raise AdapterFormatError(f"'{path.name}' is longer than {limit} bytes", check="files")
 
 
-def _verify_present(path: Path, digest: str) -> None:
+def _read(path: Path, digest: str, names: Collection[str] | None) -> dict[str, bytes]:
+    """Raises FileNotFoundError when there is no such directory."""
     if not path.is_dir():
-        raise _not_found(digest)
-    _verify(path, digest)
-
-
-def _verify(path: Path, digest: str) -> None:
+        raise FileNotFoundError(path)
     try:
-        manifest = (path / MANIFEST).read_bytes()
+        files = _check_manifest((path / MANIFEST).read_bytes(), digest)
     except FileNotFoundError:
-        raise _changed(digest, "its manifest is missing") from None
-    files = _check_manifest(manifest, digest)
+        if not path.is_dir():
+            raise  # deleted just now
+        raise AdapterDamagedError(digest, "its manifest is missing") from None
+    _check_names(path, digest, files)
+    found = {}
+    for name in files if names is None else sorted(files.keys() & set(names)):
+        content = (path / name).read_bytes()
+        if hashlib.sha256(content).hexdigest() != files[name]["sha256"]:
+            raise AdapterDamagedError(digest, f"'{name}' is not what was published")
+        found[name] = content
+    return found
+
+
+def _check_names(path: Path, digest: str, files: Collection[str]) -> None:
     names = {entry.name for entry in path.iterdir()} - {MANIFEST}
     if names != set(files):
-        raise _changed(digest, f"its files are {sorted(names)} instead of {sorted(files)}")
-    for name, entry in files.items():
-        if (path / name).stat().st_size != entry["bytes"] or _sha256(path / name) != entry["sha256"]:
-            raise _changed(digest, f"'{name}' is not what was published")
+        raise AdapterDamagedError(digest, f"its files are {sorted(names)} instead of {sorted(files)}")
 
 
 def _check_manifest(manifest: bytes, digest: str) -> dict[str, Any]:
     if hashlib.sha256(manifest).hexdigest() != digest:
-        raise _changed(digest, "its manifest is not what was published")
+        raise AdapterDamagedError(digest, "its manifest is not what was published")
     files: dict[str, Any] = json.loads(manifest)["files"]
     return files
 
@@ -263,15 +469,3 @@ def _checked(digest: str) -> str:
 
 def _not_found(digest: str) -> AdapterNotFoundError:
     return AdapterNotFoundError(f"There is no adapter {digest} in the store")
-
-
-def _changed(digest: str, how: str) -> AdapterFormatError:
-    return AdapterFormatError(f"Adapter {digest} was damaged: {how}", check="digest")
-
-
-@contextmanager
-def _store_errors(action: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(f"The adapter store failed while {action}: {error}") from error

@@ -41,7 +41,7 @@ class Registered:
         return found
 
     def load(self, digest: str) -> LoraWeights:
-        return read_adapter(self._store.directory(digest), self._signature, max_rank=MAX_RANK)
+        return read_adapter(self._store.read(digest), self._signature, max_rank=MAX_RANK)
 
 
 @contextmanager

@@ -85,7 +85,7 @@ class AdapterImport:
             digest=digest,
             job_id=None,
             base_model=self._base.name,
-            base_fingerprint=self._base.fingerprint,
+            base_fingerprint=self._registry.base.fingerprint,
             metrics={},
             provenance=note,
         )

@@ -8,6 +8,7 @@ A canary or a shadow compares with what the alias points at, so any move ends th
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -28,12 +29,14 @@ NUM_MOVES_SHOWN = 100
 
 
 class MoveKind(StrEnum):
-    """Why an alias moved: a client set it, a job published to it, a version was promoted, or it was rolled back."""
+    """Why an alias moved: a client set it, a job published to it, a version was promoted, it was rolled back, or what
+    it pointed at was found damaged (`service.fallback`)."""
 
     SET = "set"
     PUBLISHED = "published"
     PROMOTED = "promoted"
     ROLLBACK = "rollback"
+    FALLBACK = "fallback"
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Alias:
     digest: str
     updated_at: float
     history: tuple[AliasMove, ...]
+    base_fingerprint: str = ""
+    """Of the base that the model belongs to."""
 
 
 class Aliases:
@@ -112,7 +117,7 @@ class Aliases:
                 raise ConflictError(
                     f"Alias '{name}' has no earlier model to go back to.", param="alias", code="nothing_to_roll_back"
                 )
-            _append(connection, tenant_id, name, target.model, MoveKind.ROLLBACK, target.previous)
+            move_back(connection, tenant_id, name, target, MoveKind.ROLLBACK)
             return alias_in(connection, tenant_id, name)
 
 
@@ -162,15 +167,23 @@ def _active_move(connection: Connection, tenant_id: str, name: str) -> sa.Row[An
 
 def _rollback_target(connection: Connection, tenant_id: str, name: str) -> sa.Row[Any] | None:
     """The nearest earlier move to another model that still exists."""
+    return next(moves_before(connection, tenant_id, name), None)
+
+
+def moves_before(connection: Connection, tenant_id: str, name: str) -> Iterator[sa.Row[Any]]:
+    """The earlier moves to other models that still exist, nearest first: where a rollback may go."""
     active = _active_move(connection, tenant_id, name)
-    assert active is not None
-    previous = active.previous
-    while previous is not None:
+    previous = None if active is None else active.previous
+    while active is not None and previous is not None:
         move = connection.execute(sa.select(alias_moves).where(alias_moves.c.seq == previous)).one()
         if move.model != active.model and find_version(connection, tenant_id, move.model) is not None:
-            return move
+            yield move
         previous = move.previous
-    return None
+
+
+def move_back(connection: Connection, tenant_id: str, name: str, target: sa.Row[Any], kind: MoveKind) -> None:
+    """Point `name` where the earlier move `target` pointed; a rollback of this goes on from there."""
+    _append(connection, tenant_id, name, target.model, kind, target.previous)
 
 
 def alias_in(connection: Connection, tenant_id: str, name: str) -> Alias:
@@ -181,8 +194,9 @@ def alias_in(connection: Connection, tenant_id: str, name: str) -> Alias:
     moves = sa.select(alias_moves).where(alias_moves.c.tenant_id == tenant_id, alias_moves.c.alias == name)
     newest = connection.execute(moves.order_by(alias_moves.c.seq.desc()).limit(NUM_MOVES_SHOWN))
     history = tuple(AliasMove(move.model, MoveKind(move.kind), move.created_at) for move in newest)
-    digest = sa.select(adapter_versions.c.digest).where(adapter_versions.c.id == active.model)
-    return Alias(name, active.model, connection.execute(digest).scalar_one(), active.created_at, history)
+    v = adapter_versions.c
+    row = connection.execute(sa.select(v.digest, v.base_fingerprint).where(v.id == active.model)).one()
+    return Alias(name, active.model, row.digest, active.created_at, history, row.base_fingerprint)
 
 
 def _joined(query: sa.Select[Any]) -> sa.Select[Any]:

@@ -18,6 +18,7 @@ from service.api.services import Services
 from service.api.tool_format import ToolFormat
 from service.archive import Archive
 from service.audit import Audit
+from service.caretaker import Caretaker, Scrubber
 from service.config import Settings
 from service.data_reports import DataReports
 from service.drain import Drain
@@ -27,6 +28,8 @@ from service.engine.grammar_compiler import GrammarCompiler
 from service.engine.remote_engine import RemoteEngine
 from service.engine.serving_engine import ServingEngine
 from service.estimates import Estimates
+from service.fallback import Fallback
+from service.garbage import Garbage
 from service.job_backlog import job_backlog
 from service.job_queue import JobQueue
 from service.jobs import Jobs
@@ -35,6 +38,7 @@ from service.metrics import Metrics
 from service.process_memory import resident_bytes
 from service.rate_limits import RateLimits
 from service.registry import BaseIdentity, Registry
+from service.resume_points import ResumePoints
 from service.retraining import Retraining
 from service.retraining_data import RetrainingFiles
 from service.retraining_worker import RetrainingWorker
@@ -81,7 +85,7 @@ def open_services(
     Raises ServiceError, AdapterError or EngineError with a message for the operator when something cannot be opened.
     """
     with ExitStack() as stack:
-        archive = stack.enter_context(Archive.open(settings))
+        archive = stack.enter_context(Archive.open(settings, metrics.adapter_verify_failed))
         queue = JobQueue(archive.database, lease_seconds=settings.lease_seconds, observer=metrics)
         metrics.watch_leases(queue.max_lease_age_seconds)
         metrics.watch_jobs(lambda: job_backlog(archive.database))
@@ -93,7 +97,8 @@ def open_services(
         stack.callback(data_reports.close)
         grammars = GrammarCompiler(base)
         stack.callback(grammars.close)
-        registry = Registry(archive.database, BaseIdentity(base.name, base.fingerprint), archive.reached)
+        registry = Registry(archive.database, BaseIdentity(base.name, base.identity), archive.reached)
+        metrics.watch_stale(registry.num_stale)
         jobs = Jobs(archive.database, metrics)
         estimates = Estimates(archive.files, archive.store, jobs, base, max_rank=settings.max_lora_rank)
         retraining = Retraining(
@@ -119,6 +124,8 @@ def open_services(
             )
         )
         removal = removal_in(archive, merges, engine, metrics, drift, grammars, data_reports, rate_limits)
+        fallback = Fallback(archive.database, registry, archive.store, metrics)
+        stack.enter_context(looked_after(settings, archive, engine, fallback, metrics))
         yield Services(
             settings=settings,
             admin_key=admin_key,
@@ -144,8 +151,39 @@ def open_services(
             audit=Audit(archive.database),
             removal=stack.enter_context(sweeping(removal)),
             merges=merges,
+            fallback=fallback,
             drift=drift,
         )
+
+
+@contextmanager
+def looked_after(
+    settings: Settings, archive: Archive, engine: ServingEngine, fallback: Fallback, metrics: Metrics
+) -> Iterator[None]:
+    """While the block runs, what is stored is verified and swept."""
+
+    def in_use() -> set[str]:
+        stats = engine.stats()
+        return {*stats.waiting_adapters, *(digest for digests in stats.resident.values() for digest in digests)}
+
+    caretaker = Caretaker(sweep_seconds=settings.gc_hours * 3600.0, scrub_seconds=settings.scrub_hours * 3600.0)
+    garbage = Garbage(
+        archive.database,
+        archive.store,
+        archive.files,
+        ResumePoints(archive.url),
+        grace_seconds=settings.gc_grace_hours * 3600.0,
+        in_use=in_use,
+    )
+    rate = float(settings.scrub_bytes_per_second)
+    scrubber = Scrubber(
+        archive.database, archive.store, fallback, metrics, bytes_per_second=rate, sleep=caretaker.sleep
+    )
+    caretaker.start(garbage, scrubber)
+    try:
+        yield
+    finally:
+        caretaker.stop()
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
@@ -29,15 +29,16 @@ class Archive:
 
     @classmethod
     @contextmanager
-    def open(cls, settings: Settings) -> Iterator[Self]:
-        """Raises ServiceError when the database cannot be used."""
+    def open(cls, settings: Settings, on_damage: Callable[[str], None] = lambda reason: None) -> Iterator[Self]:
+        """`on_damage` as of AdapterStore. Raises ServiceError when the database cannot be used."""
         reached = fault_point(os.environ)
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         database = connect(settings.resolved_database_url)
         url = settings.resolved_storage_url.rstrip("/")
         try:
             files = Files(database, f"{url}/files", max_bytes=settings.max_file_bytes)
-            store = AdapterStore(f"{url}/adapters", settings.data_dir / "cache" / "adapters", reached)
+            cache = settings.data_dir / "cache" / "adapters"
+            store = AdapterStore(f"{url}/adapters", cache, reached, on_damage=on_damage)
             yield cls(database, files, store, url, reached)
         finally:
             database.close()

@@ -27,14 +27,17 @@ def make_card(
     active: Sequence[str],
     files: Mapping[str, Any] | None,
     url: str,
+    stale: bool = False,
 ) -> dict[str, Any]:
-    """JSON values. `files` is the store's list of the adapter's files, `url` where the reader reached the service."""
+    """JSON values. `stale`: the loaded base is another than the adapter's. `files` is the store's list of the adapter's
+    files, `url` where the reader reached the service."""
     note = dict(version.provenance or {})
     return {
         "object": "adapter.card",
         "model": version.id,
         "digest": version.digest,
         "created_at": int(version.created_at),
+        "stale": stale,
         "data": _data(note),
         "measurement": _measurement(version),
         "history": _history(version, note, moves, active),

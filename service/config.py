@@ -144,6 +144,19 @@ class Settings(BaseSettings):
     )
     merge_seconds: float = Field(24 * 3600.0, ge=60.0, description="How long a merged model can be downloaded.")
 
+    gc_hours: float = Field(
+        6.0, ge=0.0, description="How often storage that no row needs is swept away; 0: only by `rootstock gc`."
+    )
+    gc_grace_hours: float = Field(
+        24.0, ge=1.0, description="Only what is older is swept: longer than any job's evaluation and publishing."
+    )
+    scrub_hours: float = Field(
+        24.0, ge=0.0, description="How often all stored adapters are verified at rest; 0: only when they are loaded."
+    )
+    scrub_bytes_per_second: ByteSize = Field(
+        ByteSize(8 * MIB), ge=1024, description="How fast they are read for that, at most."
+    )
+
     drift: bool = Field(True, description="Watch the traffic of each adapter for drift, behind everybody's requests.")
     drift_run_length: float = Field(
         5000.0,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.adapter_files import AdapterSource
 from adapters.drift.monitor import InputMonitor, OutputMonitor
 from adapters.drift.reference import DriftReference, read_reference
 from service.drift_intake import StreamKey
@@ -54,7 +54,7 @@ class Monitors(Protocol):
 
     run_length: float
 
-    def reference(self, directory: Path) -> Reference | None:
+    def reference(self, source: AdapterSource) -> Reference | None:
         """None when the adapter has none. Raises AdapterError for one that cannot be read."""
 
     def of_prompts(self, reference: Reference, state: bytes | None) -> PromptMonitor: ...
@@ -73,8 +73,8 @@ class CalibratedMonitors:
     def __init__(self, run_length: float) -> None:
         self.run_length = run_length
 
-    def reference(self, directory: Path) -> DriftReference | None:
-        return read_reference(directory)
+    def reference(self, source: AdapterSource) -> DriftReference | None:
+        return read_reference(source)
 
     def of_prompts(self, reference: Reference, state: bytes | None) -> PromptMonitor:
         assert isinstance(reference, DriftReference)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+from adapters.drift.reference import FACTS, TENSORS
 from adapters.store import AdapterStore
 from service.config import Settings
 from service.database import Database
@@ -39,7 +40,7 @@ def open_drift(
     with ExitStack() as stack:
         basis, board = drift_basis(engine.base), DriftBoard(time.time)
         chosen = monitors or CalibratedMonitors(settings.drift_run_length)
-        streams = DriftStreams(database, store.directory, basis, chosen, board)
+        streams = DriftStreams(database, lambda digest: store.read(digest, (FACTS, TENSORS)), basis, chosen, board)
         calibrator = CalibrationProcess(settings.drift_run_length)
         records = DriftRecords(database, basis)
         watch: DriftWatch

@@ -11,13 +11,13 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TypeVar
 
 import sqlalchemy as sa
 import structlog
 from sqlalchemy.engine import Connection
 
+from adapters.adapter_files import AdapterSource
 from adapters.errors import AdapterError, AdapterNotFoundError
 from adapters.scoring import TaskKind
 from service.database import Database, database_now, lock_tenant, new_id
@@ -43,12 +43,12 @@ MAX_IN_MEMORY = 64
 
 
 class DriftStreams:
-    """`directory` finds an adapter's files, from wherever they are kept; `basis` is that of the loaded base."""
+    """`files` brings an adapter's drift reference, from wherever it is kept; `basis` is that of the loaded base."""
 
     def __init__(
         self,
         database: Database,
-        directory: Callable[[str], Path],
+        files: Callable[[str], AdapterSource],
         basis: str,
         monitors: Monitors,
         board: DriftBoard,
@@ -56,7 +56,7 @@ class DriftStreams:
         max_in_memory: int = MAX_IN_MEMORY,
     ) -> None:
         self._database = database
-        self._directory = directory
+        self._files = files
         self._basis = basis
         self._monitors = monitors
         self._board = board
@@ -210,7 +210,7 @@ class DriftStreams:
 
     def _reference(self, digest: str) -> Reference | None:
         try:
-            return self._monitors.reference(self._directory(digest))
+            return self._monitors.reference(self._files(digest))
         except AdapterNotFoundError:
             return None
         except AdapterError as error:

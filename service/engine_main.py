@@ -82,11 +82,12 @@ def main(descriptor: int) -> None:
 
 def _run(settings: Settings, line: Line) -> None:
     host = EngineHost(line)
+    reporter = _Reporter(host)
     traces = open_traces(settings, "engine")
     with (
         contextlib.nullcontext() if traces is None else contextlib.closing(traces),
-        Archive.open(settings) as archive,
-        running_engine(settings, archive, _Reporter(host), host.flush, traces) as engine,
+        Archive.open(settings, reporter.adapter_verify_failed) as archive,
+        running_engine(settings, archive, reporter, host.flush, traces) as engine,
     ):
         grammars = GrammarCompiler(engine.base)
         drain_seconds = host.serve(engine, grammars)

@@ -129,7 +129,7 @@ def training_gates(settings: Settings, engine: Engine, observer: PaceObserver) -
 
 def _adapter_source(store: AdapterStore, base: BaseModel, settings: Settings) -> Callable[[str], LoraWeights]:
     def load(digest: str) -> LoraWeights:
-        return read_adapter(store.directory(digest), base.signature, max_rank=settings.max_lora_rank)
+        return read_adapter(store.read(digest), base.signature, max_rank=settings.max_lora_rank)
 
     return load
 

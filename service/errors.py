@@ -26,6 +26,7 @@ from math import ceil
 from typing import Any
 
 from adapters.errors import (
+    AdapterDamagedError,
     AdapterError,
     AdapterFormatError,
     AdapterNotFoundError,
@@ -34,7 +35,13 @@ from adapters.errors import (
     StoreError,
     TrainingError,
 )
-from service.engine.errors import EngineDeadError, EngineError, QueueFullError, RequestRejectedError
+from service.engine.errors import (
+    AdapterUnavailableError,
+    EngineDeadError,
+    EngineError,
+    QueueFullError,
+    RequestRejectedError,
+)
 
 INTERNAL_ERROR_MESSAGE = "The server had an error while processing your request."
 
@@ -163,6 +170,8 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     DeadlineExceededError: (504, "timeout_error"),
     UnavailableError: (503, "service_unavailable_error"),
     DatasetError: (400, "invalid_request_error"),
+    AdapterDamagedError: (503, "service_unavailable_error"),
+    AdapterUnavailableError: (503, "service_unavailable_error"),
     AdapterFormatError: (400, "invalid_request_error"),
     AdapterNotFoundError: (404, "invalid_request_error"),
     NoFreeSlotError: (503, "service_unavailable_error"),
@@ -215,6 +224,8 @@ def _known(error: Exception, status: int, error_type: str) -> WireError:
         headers["x-should-retry"] = "false"  # the client asked for no longer than this
     if isinstance(error, RateLimitError) and error.is_hopeless:
         headers["x-should-retry"] = "false"
+    if isinstance(error, (AdapterDamagedError, AdapterUnavailableError)) and retry_after is None:
+        headers["x-should-retry"] = "false"  # nothing mends it by itself
     if status == 401:
         headers["www-authenticate"] = "Bearer"
     return WireError(status, body, headers)

@@ -30,7 +30,7 @@ class EstimatedBase(Codec, Protocol):
     """What an estimate needs of the base: its description, no weight."""
 
     @property
-    def fingerprint(self) -> str: ...
+    def identity(self) -> str: ...
     @property
     def max_model_len(self) -> int: ...
     @property
@@ -118,7 +118,7 @@ class Estimates:
             activation_bytes=base.activation_bytes,
             recompute=plan.config.recompute_layers is True,
         )
-        found = estimate(size, memory, tokens_per_second=self._jobs.tokens_per_second(base.fingerprint))
+        found = estimate(size, memory, tokens_per_second=self._jobs.tokens_per_second(base.identity))
         return JobEstimate(found, plan.resolved, data.num_train, data.num_valid)
 
     @contextmanager
@@ -154,8 +154,8 @@ class Estimates:
     def _parent(self, spec: JobSpec) -> LoraSpec | None:
         if spec.parent_digest is None:
             return None
-        directory = self._store.directory(spec.parent_digest)
-        return read_adapter(directory, self._base.signature, max_rank=self._max_rank).spec
+        files = self._store.read(spec.parent_digest)
+        return read_adapter(files, self._base.signature, max_rank=self._max_rank).spec
 
     def _deadline(self) -> Callable[[], None]:
         end = time.monotonic() + self._limit_seconds

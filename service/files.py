@@ -8,17 +8,19 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import fsspec
 import sqlalchemy as sa
 from fsspec.implementations.local import LocalFileSystem
 from sqlalchemy.engine import Connection
 
 from adapters.durable import write_file
+from adapters.errors import StoreError
+from adapters.storage import make_parents, open_storage, storage_errors, stored_files
 from service.database import Database, Page, lock_tenant, new_id, page_of
 from service.errors import ConflictError, InvalidRequestError, NotFoundError, TooLargeError, UnavailableError
 from service.quotas import check_files
@@ -67,8 +69,7 @@ class Files:
     def __init__(self, database: Database, storage_url: str, *, max_bytes: int = MAX_FILE_BYTES) -> None:
         """`storage_url` is an fsspec url or a local directory, for these files alone."""
         self._database = database
-        self._filesystem, root = fsspec.core.url_to_fs(storage_url)
-        self._root = root.rstrip("/")
+        self._filesystem, self._root = open_storage(storage_url)
         self.max_bytes = max_bytes
 
     def create(
@@ -134,7 +135,8 @@ class Files:
             key = connection.execute(query).scalar()
         if key is None:
             raise _not_found(file_id)
-        return cast(BinaryIO, self._filesystem.open(self._path(key), "rb"))
+        with storage_errors(f"opening file {file_id}"):
+            return cast(BinaryIO, self._filesystem.open(self._path(key), "rb"))
 
     def delete(self, tenant_id: str, file_id: str) -> None:
         """Refused while an unfinished job uses it."""
@@ -162,48 +164,51 @@ class Files:
 
     def discard(self, storage_keys: Sequence[str]) -> None:
         """Remove content whose rows are gone, or never came."""
-        for key in storage_keys:
-            path = self._path(key)
-            if self._filesystem.exists(path):
-                self._filesystem.rm_file(path)
+        with storage_errors("removing files"):
+            for key in storage_keys:
+                path = self._path(key)
+                if self._filesystem.exists(path):
+                    self._filesystem.rm_file(path)
+
+    def stored(self) -> Iterator[tuple[str, float]]:
+        """Storage keys of all content that is there, with rows or without, and when it was written (unix seconds)."""
+        return stored_files(self._filesystem, self._root)
 
     def discard_all(self, tenant_id: str) -> None:
         """Remove the content of a deleted tenant's files, also of those that never got a row."""
         path = self._path(tenant_id)
-        if self._filesystem.isdir(path):
-            self._filesystem.rm(path, recursive=True)
+        with storage_errors("removing files"):
+            if self._filesystem.isdir(path):
+                self._filesystem.rm(path, recursive=True)
 
     def _write(self, key: str, chunks: Iterable[bytes]) -> None:
         try:
-            if isinstance(self._filesystem, LocalFileSystem):
-                write_file(Path(self._path(key)), chunks)
-                return
-            self._filesystem.makedirs(self._path(key).rsplit("/", 1)[0], exist_ok=True)
-            with self._filesystem.open(self._path(key), "wb") as stream:
-                for chunk in chunks:
-                    stream.write(chunk)
+            with storage_errors("writing a file"):
+                if isinstance(self._filesystem, LocalFileSystem):
+                    write_file(Path(self._path(key)), chunks)
+                    return
+                make_parents(self._filesystem, self._path(key))
+                with self._filesystem.open(self._path(key), "wb") as stream:
+                    for chunk in chunks:
+                        stream.write(chunk)
         except BaseException as error:
-            self._forget(key)
-            if isinstance(error, OSError):
+            with suppress(StoreError):  # what it left is swept away later
+                self.discard([key])
+            if isinstance(error, StoreError):
                 raise storage_unavailable(error) from error
             raise
-
-    def _forget(self, key: str) -> None:
-        """After a write that failed; the failure is what the caller shall hear of."""
-        try:
-            self.discard([key])
-        except OSError:
-            logger.exception("files.not_discarded", extra={"storage_key": key})
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}"
 
 
-def storage_unavailable(error: OSError) -> UnavailableError:
+def storage_unavailable(error: OSError | StoreError) -> UnavailableError:
     """A full disk, one that fails, or a store that is away."""
     logger.error("files.not_stored", extra={"reason": str(error)})
+    cause = error if isinstance(error, OSError) else error.__cause__
+    told = cause.strerror if isinstance(cause, OSError) else None
     return UnavailableError(
-        f"The file could not be stored ({error.strerror or type(error).__name__}): try again later.",
+        f"The file could not be stored ({told or type(cause).__name__}): try again later.",
         retry_after=STORAGE_RETRY_SECONDS,
         code="storage_unavailable",
     )

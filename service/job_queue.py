@@ -268,6 +268,14 @@ class JobQueue:
             used = set(connection.execute(query).scalars())
         return [digest for digest in digests if digest not in used]
 
+    def parent_is_of(self, claim: Claim, base_fingerprint: str) -> bool:
+        """Whether a version of the tenant's that the job starts from belongs to this base; also when there is none."""
+        v = adapter_versions.c
+        mine = sa.and_(v.tenant_id == claim.job.tenant_id, v.digest == claim.job.spec.parent_digest)
+        with self._database.read() as connection:
+            found = set(connection.execute(sa.select(v.base_fingerprint).where(mine)).scalars())
+        return not found or base_fingerprint in found
+
     def max_lease_age_seconds(self) -> float:
         """Seconds since the stalest running job's last heartbeat; 0 when none runs."""
         oldest = sa.func.min(jobs.c.lease_renewed_at)

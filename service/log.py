@@ -65,7 +65,8 @@ def configure_logging(level: str, log_format: Literal["text", "json"]) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for name in ("httpx", "httpcore", "uvicorn", "fsspec", "urllib3"):  # talkative at info
+    # talkative at info; those of S3 clients show signed headers at debug
+    for name in ("httpx", "httpcore", "uvicorn", "fsspec", "urllib3", "botocore", "aiobotocore", "boto3", "s3fs"):
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
 
 

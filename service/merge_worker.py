@@ -56,7 +56,7 @@ class MergeWorker:
         """Bring a claimed merge to an end, whatever happens; the row says which. `check` may raise to stop it."""
         try:
             directory = self._merges.directory(merge)
-            weights = read_adapter(self._store.directory(merge.digest), self._base.signature, max_rank=self._max_rank)
+            weights = read_adapter(self._store.read(merge.digest), self._base.signature, max_rank=self._max_rank)
             report = write_merged(
                 self._base, weights, directory, model=merge.model, digest=merge.digest, between_tensors=check
             )

@@ -6,19 +6,22 @@ A tenant that asks for somebody else's model learns that there is none.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from adapters.errors import BaseMismatchError
+from adapters.errors import StaleAdapterError, StoreError
 from adapters.steps import Reached, unwatched
+from adapters.store import AdapterStore
 from service import drift_rows
-from service.aliases import Aliases, MoveKind, active_model, check_alias_name, move_alias, names_pointing_at
+from service.aliases import Alias, Aliases, MoveKind, active_model, check_alias_name, move_alias, names_pointing_at
 from service.database import Database, lock_tenant
 from service.errors import ConflictError, InvalidRequestError
 from service.experiment_rows import aliases_trying
 from service.quotas import check_adapter
+from service.references import hold_new_references, needed
 from service.routing import Found, ResolvedModel, Route, Servable, find, route_of
 from service.tables import adapter_versions, jobs
 from service.versions import AdapterVersion, find_version, insert_version, model_not_found, version_of
@@ -43,8 +46,8 @@ class Registry:
         """What base id, version id, checkpoint id or alias `model` is, for use in a request; of an alias what it
         points at, whatever it tries out.
 
-        Raises NotFoundError (`model_not_found`), or BaseMismatchError when the adapter was trained on other
-        weights than the loaded ones.
+        Raises NotFoundError (`model_not_found`), or StaleAdapterError when the adapter was trained on other
+        weights than the loaded ones, or the same held otherwise.
         """
         if model == self.base.name:
             return ResolvedModel(model, None)
@@ -56,9 +59,15 @@ class Registry:
             return Route(ResolvedModel(model, None))
         return route_of(self._find(tenant_id, model), who, self.serves)
 
-    def serves(self, version: Servable | AdapterVersion) -> bool:
-        """Whether it was trained on the weights that are loaded."""
+    def serves(self, version: Servable | AdapterVersion | Alias) -> bool:
+        """Whether it, or what it points at, was trained on the weights that are loaded, held as they are."""
         return version.base_fingerprint == self.base.fingerprint
+
+    def num_stale(self) -> int:
+        """Of all tenants' published models: how many belong to another base than the loaded one."""
+        stale = sa.and_(adapter_versions.c.step.is_(None), adapter_versions.c.base_fingerprint != self.base.fingerprint)
+        with self._database.read() as connection:
+            return int(connection.execute(sa.select(sa.func.count()).where(stale)).scalar_one())
 
     def versions(self, tenant_id: str) -> list[AdapterVersion]:
         """Published models, newest first; checkpoints are not listed."""
@@ -99,6 +108,10 @@ class Registry:
                     param="suffix",
                     code="model_exists",
                 )
+            elif not self.serves(known):  # it was vouched for again, for this base
+                renewed = {"base_model": version.base_model, "base_fingerprint": version.base_fingerprint}
+                mine = adapter_versions.c.id == known.id
+                connection.execute(adapter_versions.update().where(mine).values(**renewed))
             if alias is not None and active_model(connection, version.tenant_id, alias) != version.id:
                 move_alias(connection, version.tenant_id, alias, version.id, MoveKind.SET)
             published = find_version(connection, version.tenant_id, version.id)
@@ -123,6 +136,16 @@ class Registry:
             others = sa.select(adapter_versions.c.id).where(adapter_versions.c.digest == version.digest)
             return None if connection.execute(others).first() else version.digest
 
+    def discard(self, store: AdapterStore, digest: str) -> bool:
+        """Remove an adapter's files, unless somebody has published the very same since its last row was deleted."""
+        with self._database.begin() as connection:
+            hold_new_references(connection)
+            if needed(connection, digest):
+                return False
+            with suppress(StoreError):  # it is swept away later
+                store.delete(digest)
+            return True
+
     def _find(self, tenant_id: str, model: str) -> Found:
         with self._database.read() as connection:
             found = find(connection, tenant_id, model)
@@ -132,11 +155,12 @@ class Registry:
         return found
 
     def check_base(self, version: Servable | AdapterVersion) -> None:
-        """Raises BaseMismatchError."""
+        """Raises StaleAdapterError."""
         if not self.serves(version):
-            raise BaseMismatchError(
-                f"Model '{version.id}' was trained on '{version.base_model}' with other weights than the loaded "
-                f"base '{self.base.name}': serve that base, or fine-tune again",
+            raise StaleAdapterError(
+                f"Model '{version.id}' is stale: it was trained on '{version.base_model}' with other weights or "
+                f"another quantization than the loaded base '{self.base.name}'. Fine-tune or import it again, or let "
+                "the operator go back to the former base",
                 param="model",
             )
 

@@ -11,7 +11,6 @@ made again: it says how prompts look to the base, and takes an engine. An adapte
 from __future__ import annotations
 
 import hashlib
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -23,7 +22,7 @@ import sqlalchemy as sa
 import torch
 
 from adapters.errors import AdapterNotFoundError
-from adapters.store import MANIFEST, REQUIRED_FILES, AdapterStore
+from adapters.store import REQUIRED_FILES, AdapterStore
 from service.database import Database, connect
 from service.engine.base_model import BaseModel
 from service.engine.errors import EngineDeadError
@@ -212,8 +211,9 @@ class Reproducer:
         if self._spec.parent_digest is None:
             return
         copy = directory / "parent"
-        source = self._store.directory(self._spec.parent_digest)
-        shutil.copytree(source, copy, ignore=shutil.ignore_patterns(MANIFEST))
+        copy.mkdir()
+        for name, content in self._store.read(self._spec.parent_digest).items():
+            (copy / name).write_bytes(content)
         store.publish(copy)
 
 

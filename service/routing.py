@@ -52,6 +52,8 @@ class Route:
     alias: str | None = None
     trial: Trial | None = None
     shadow: ShadowTarget | None = None
+    fallen_from: str | None = None
+    """The model that the alias pointed at until it was found damaged."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Found:
     alias: str | None = None
     canary: Candidate | None = None
     shadow: Candidate | None = None
+    fallen_from: str | None = None
 
 
 def find(connection: Connection, tenant_id: str, name: str) -> Found | None:
@@ -108,7 +111,7 @@ def route_of(found: Found, who: Callable[[], str], serves: Callable[[Servable], 
     target = None
     if shadow is not None and serves(shadow.version) and (trial is None or trial.arm is Arm.STABLE):
         target = ShadowTarget(shadow.experiment_id, shadow.version.model, shadow.percent)
-    return Route(model, found.alias, trial, target)
+    return Route(model, found.alias, trial, target, found.fallen_from)
 
 
 _SHOWN = ("id", "digest", "base_model", "base_fingerprint")
@@ -130,7 +133,7 @@ def _by_alias() -> sa.Select[Any]:
     joined = aliases.join(alias_moves, aliases.c.move == alias_moves.c.seq).join(
         stable, sa.and_(stable.c.id == alias_moves.c.model, stable.c.tenant_id == aliases.c.tenant_id)
     )
-    shown = _columns(stable, "stable")
+    shown = [*_columns(stable, "stable"), _fallen_from().label("fallen_from")]
     for kind in ExperimentKind:
         trial, version = experiments.alias(f"{kind}_trial"), adapter_versions.alias(kind.value)
         running = sa.and_(
@@ -147,6 +150,24 @@ def _by_alias() -> sa.Select[Any]:
     return sa.select(*shown).select_from(joined).where(asked)
 
 
+def _fallen_from() -> sa.ColumnElement[Any]:
+    """What the alias pointed at before the move that is active, if that was a fallback."""
+    before = alias_moves.alias("before")
+    model = (
+        sa.select(before.c.model)
+        .where(
+            before.c.tenant_id == aliases.c.tenant_id,
+            before.c.alias == aliases.c.name,
+            before.c.seq < alias_moves.c.seq,
+        )
+        .order_by(before.c.seq.desc())
+        .limit(1)
+        .correlate(aliases, alias_moves)
+        .scalar_subquery()
+    )
+    return sa.case((alias_moves.c.kind == "fallback", model))
+
+
 _BY_ID, _BY_ALIAS = _by_id(), _by_alias()
 """Built once: putting a statement together costs more than running it."""
 
@@ -161,7 +182,7 @@ def _alias(connection: Connection, asked: dict[str, str]) -> Found | None:
     if row is None:
         return None
     canary, shadow = (_candidate(row, kind) for kind in (ExperimentKind.CANARY, ExperimentKind.SHADOW))
-    return Found(_servable(row, "stable"), asked["name"], canary, shadow)
+    return Found(_servable(row, "stable"), asked["name"], canary, shadow, row["fallen_from"])
 
 
 def _candidate(row: sa.RowMapping, kind: ExperimentKind) -> Candidate | None:

@@ -62,9 +62,8 @@ def bring_up(engine: Engine) -> None:
             _stamps.create_all(connection)
             connection.execute(_stamp.insert().values(version_num=HEAD))
             return
-        config = config_for(connection)
-        _check_known(config, found)
-        migrate(config)
+        _check_known(found)
+        migrate(config_for(connection))
 
 
 def revision_of(connection: Connection) -> str | None:
@@ -85,10 +84,14 @@ def config_for(connection: Connection) -> Config:
     """Alembic's."""
     from alembic.config import Config
 
-    config = Config()
+    config = _located(Config())
+    config.attributes["connection"] = connection
+    return config
+
+
+def _located(config: Config) -> Config:
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
-    config.attributes["connection"] = connection
     return config
 
 
@@ -118,11 +121,17 @@ def _locked(engine: Engine) -> Iterator[Connection]:
             driver.execute("PRAGMA foreign_keys=ON")
 
 
-def _check_known(config: Config, found: str | None) -> None:
+def is_known(revision: str) -> bool:
+    """Whether it is this program's schema, or one that leads to it."""
+    from alembic.config import Config
     from alembic.script import ScriptDirectory
 
-    known = [step.revision for step in ScriptDirectory.from_config(config).walk_revisions()]
-    if found is not None and found not in known:
+    steps = ScriptDirectory.from_config(_located(Config())).walk_revisions()
+    return revision in [step.revision for step in steps]
+
+
+def _check_known(found: str | None) -> None:
+    if found is not None and not is_known(found):
         raise DatabaseSetupError(
             f"The database has schema {found}, which this program does not know; it knows up to {HEAD}. A newer "
             "program wrote it: start that one, or restore a backup from before."

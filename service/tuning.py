@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 
 from adapters.drift.reference import write_reference
-from adapters.errors import AdapterError, StoreError
+from adapters.errors import AdapterError, StaleAdapterError, StoreError, TrainingError
 from adapters.host_memory import give_back
 from adapters.lora_weights import LoraWeights
 from adapters.packed_loss import Score
@@ -156,6 +156,13 @@ class TuningRun:
         return outcome
 
     def _run(self) -> None:
+        if self._job.spec.base_model != self._services.base.name:
+            raise TrainingError(
+                f"The job was made for the base '{self._job.spec.base_model}', and now "
+                f"'{self._services.base.name}' is loaded: create it again",
+                code="base_changed",
+                param="model",
+            )
         files = JobFiles(
             self._services.files, self._job, self._services.base, self._services.base.max_model_len, self._check
         )
@@ -268,7 +275,10 @@ class TuningRun:
         if not self._job.resume_point:
             return {}
         try:
-            return self._services.resume_points.load(self._job.resume_point)
+            saved = self._services.resume_points.load(self._job.resume_point)
+            if saved.get("base") != self._services.base.identity:
+                raise StoreError("the base was changed since its training state was saved")
+            return saved
         except StoreError as error:
             self._say(f"Starting over: {error.message}", EventLevel.WARN)
             return {}
@@ -328,6 +338,11 @@ class TuningRun:
         self._published.append(digest)
         return digest
 
+    def _keep_stored(self, digest: str, weights: LoraWeights, made: MadeReference | None) -> None:
+        """The same adapter may have been published, deleted and swept away under another name meanwhile."""
+        if not self._services.store.touch(digest):
+            self._publish(weights, made)
+
     def _succeed(
         self,
         trainer: Trainer,
@@ -352,11 +367,12 @@ class TuningRun:
             "estimate": dict(compared),
             "drift_reference": None if made is None else made.as_dict(),
         }
+        self._keep_stored(digest, trainer.best_weights(), made)  # the evaluation may have taken longer than the grace
         try:
             services.queue.succeed(
                 self._claim,
                 digest=digest,
-                base_fingerprint=services.base.fingerprint,
+                base_fingerprint=services.base.identity,
                 metrics=metrics,
                 trained_tokens=trainer.trained_tokens,
                 result_files=tables,
@@ -366,6 +382,7 @@ class TuningRun:
         except FencedWriteError:
             services.files.discard([table.storage_key for table in tables])
             raise
+        self._keep_stored(digest, trainer.best_weights(), made)
         logger.info("tuning.succeeded", extra={**self._ids(), "digest": digest, "steps": trainer.steps_done})
 
     # -- what the client sees of it ---------------------------------------------------------------------------
@@ -395,14 +412,17 @@ class TuningRun:
         if epoch % ceil(trainer.config.num_epochs / MAX_CHECKPOINTS):
             return
         metrics = step_metrics(trainer, trainer.history[-1], score, whole=True)
+        weights = trainer.adapter.weights()
+        digest = self._publish(weights)
         self._services.queue.checkpoint(
             self._claim,
             step=trainer.steps_done,
-            digest=self._publish(trainer.adapter.weights()),
-            base_fingerprint=self._services.base.fingerprint,
+            digest=digest,
+            base_fingerprint=self._services.base.identity,
             metrics={name: value for name, value in metrics.items() if name != "total_steps"},
             provenance=self._facts,
         )
+        self._keep_stored(digest, weights, None)
         self._services.reached("checkpoint.listed")
         self._say(f"Checkpoint created at step {trainer.steps_done}")
 
@@ -449,6 +469,7 @@ class TuningRun:
     def _save(self) -> None:
         points = self._services.resume_points
         state = {
+            "base": self._services.base.identity,
             "probe": self._probe.state_dict() if self._probe else None,
             "trainer": self._trainer.state_dict() if self._trainer else None,
         }
@@ -527,8 +548,14 @@ class TuningRun:
         digest = self._job.spec.parent_digest
         if digest is None:
             return None
-        directory = self._services.store.directory(digest)
-        return read_adapter(directory, self._services.base.signature, max_rank=self._services.max_lora_rank)
+        if not self._services.queue.parent_is_of(self._claim, self._services.base.identity):
+            raise StaleAdapterError(
+                f"The job starts from '{self._job.spec.model}', which was trained on another base, or another "
+                "quantization, than the one that is loaded now: start a job from the base",
+                param="model",
+            )
+        files = self._services.store.read(digest)
+        return read_adapter(files, self._services.base.signature, max_rank=self._services.max_lora_rank)
 
     def _ids(self) -> dict[str, Any]:
         return {"job_id": self._job.id, "tenant": self._job.tenant_id, "attempt": self._claim.attempt}

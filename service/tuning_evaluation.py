@@ -148,7 +148,7 @@ class TuningEvaluation:
         """The adapter that answers under the alias, laid out so that the loss can reach it, too."""
         base = self._services.base
         weights = read_adapter(
-            self._services.store.directory(version.digest), base.signature, max_rank=self._services.max_lora_rank
+            self._services.store.read(version.digest), base.signature, max_rank=self._services.max_lora_rank
         )
         adapter = TrainableLora(weights.spec, base.signature, seed=0, device=base.device)
         adapter.load(weights.modules)
@@ -160,7 +160,7 @@ class TuningEvaluation:
         time.sleep(BREATH_SECONDS)
 
     def _fits_base(self, version: AdapterVersion) -> bool:
-        return version.base_fingerprint == self._services.base.fingerprint
+        return version.base_fingerprint == self._services.base.identity
 
     def _source(self) -> str:
         """Where the examples are from. Those that the run was validated on have chosen its checkpoint, too."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.errors import EmbeddingFailedError, EngineError, RequestRejectedError
+from service.engine.errors import AdapterUnavailableError, EmbeddingFailedError, EngineError, RequestRejectedError
 from service.engine.observation import EngineObserver, EngineStats
 from service.engine.sequence import (
     FinishReason,
@@ -52,6 +52,10 @@ class FakeBase:
     activation_bytes: int = 4
 
     @property
+    def identity(self) -> str:
+        return self.fingerprint
+
+    @property
     def signature(self) -> BaseSignature:
         """Two layers, which nothing computes."""
         from adapters.lora_weights import BaseSignature, LinearShape
@@ -82,6 +86,7 @@ class FakeEngine:
     refusal: EngineError | None = None
     fails_after: int | None = None
     failing_adapters: set[str] = field(default_factory=set)
+    unavailable: dict[str, str] = field(default_factory=dict)  # adapters that cannot be loaded, and the error's code
     num_waiting: int = 3
     endless: bool = False
     first_step_blocked: bool = False
@@ -132,6 +137,8 @@ class FakeEngine:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[OutputChunk, None]:
         if self.refusal is not None:
             raise self.refusal
+        if (code := self.unavailable.get(request.adapter or "")) is not None:
+            raise AdapterUnavailableError("it is damaged", code=code, digest=request.adapter or "", retry_after=None)
         if len(request.prompt_token_ids) > self.base.max_model_len - (not request.pooling):
             raise RequestRejectedError("too long", param="messages", code="context_length_exceeded")
         self.requests.append(request)

@@ -15,6 +15,7 @@ def known() -> dict[str, str]:
     metrics = Metrics()
     metrics.watch_engine(FakeEngine().stats)
     metrics.watch_leases(lambda: 0.0)
+    metrics.watch_stale(lambda: 0)
     metrics.watch_jobs(lambda: JobBacklog({"queued": 0}, {"queued": 0.0}))
     metrics.watch_process(lambda: True, 1)
     metrics.watch_processes(lambda: {"api": 1})

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from adapters.adapter_files import AdapterSource, content, is_file
 from adapters.durable import write_file
 from adapters.errors import DriftReferenceError
 
@@ -78,16 +79,15 @@ def write_reference(directory: Path, reference: DriftReference) -> None:
     write_file(directory / FACTS, [json.dumps(facts, indent=2, sort_keys=True).encode() + b"\n"])
 
 
-def read_reference(directory: Path) -> DriftReference | None:
+def read_reference(source: AdapterSource) -> DriftReference | None:
     """None when the adapter has no reference. Raises DriftReferenceError for one that is torn or of another format."""
-    facts_path, tensors_path = directory / FACTS, directory / TENSORS
-    if not facts_path.exists() and not tensors_path.exists():
+    if not is_file(source, FACTS) and not is_file(source, TENSORS):
         return None
     try:
-        facts = json.loads(facts_path.read_bytes())
+        facts = json.loads(content(source, FACTS))
         if facts["format"] != FORMAT:
             raise DriftReferenceError(f"{FACTS} has format {facts['format']}, and {FORMAT} is known: tune again")
-        return _assemble(facts, load(tensors_path.read_bytes()))
+        return _assemble(facts, load(content(source, TENSORS)))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DriftReferenceError(f"the drift reference ({FACTS}, {TENSORS}) is torn: {error}; tune again") from error
 

@@ -14,7 +14,8 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.datastructures import FormData, UploadFile
 
-from adapters.errors import AdapterNotFoundError
+from adapters.adapter_files import AdapterFiles
+from adapters.errors import AdapterDamagedError, AdapterNotFoundError
 from adapters.gguf_lora import write_gguf
 from adapters.peft_archive import README_NAME, zip_chunks
 from adapters.peft_format import read_adapter
@@ -29,6 +30,7 @@ from service.api.services import Services, ServicesDep
 from service.card import make_card
 from service.card_markdown import card_markdown
 from service.errors import InvalidRequestError, TooLargeError
+from service.registry import Registry
 from service.versions import AdapterVersion
 
 router = APIRouter(route_class=JsonRoute, tags=["adapters"])
@@ -42,7 +44,9 @@ FORM = form_body(("file", "suffix"), {"file": BINARY, "suffix": {"type": "string
 @router.get("/v1/adapters", dependencies=[Depends(only_query())])
 def list_adapters(tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
     aliases = services.registry.aliases.list(tenant.id)
-    return list_body([adapter_body(version, aliases) for version in services.registry.versions(tenant.id)])
+    return list_body(
+        [adapter_body(version, aliases, services.registry) for version in services.registry.versions(tenant.id)]
+    )
 
 
 @router.post("/v1/adapters", openapi_extra=FORM)
@@ -64,7 +68,7 @@ async def import_adapter(request: Request, tenant: TenantDep, services: Services
             alias=alias,
         )
     aliases = await run_in_threadpool(services.registry.aliases.list, tenant.id)
-    return adapter_body(version, aliases)
+    return adapter_body(version, aliases, services.registry)
 
 
 @router.get(
@@ -101,27 +105,21 @@ def export_adapter(
 ) -> StreamingResponse:
     """The PEFT directory, with the card as its README; or a GGUF for llama.cpp."""
     version = services.registry.version(tenant.id, model)
-    directory = services.store.directory(version.digest)
+    files = services.store.read(version.digest, REQUIRED_FILES)
     if format == "gguf":
-        return _download(_gguf_chunks(services, version, directory), f"{_stem(version)}.gguf")
+        return _download(_gguf_chunks(services, version, files), f"{_stem(version)}.gguf")
     readme = card_markdown(_card(services, version, request)).encode()
-    files: dict[str, Path | bytes] = {name: directory / name for name in sorted(REQUIRED_FILES)}
-    chunks = zip_chunks({**files, README_NAME: readme})
-    try:
-        next(chunks)  # the files are open now: deleting the model meanwhile cuts no download
-    except FileNotFoundError:
-        raise AdapterNotFoundError(f"The files of '{version.id}' are gone.") from None
-    return _download(chunks, f"{_stem(version)}.zip")
+    return _download(zip_chunks({**files, README_NAME: readme}), f"{_stem(version)}.zip")
 
 
 @router.get("/v1/adapters/{model:path}")
 def get_adapter(model: str, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
     """By version id, checkpoint id or alias."""
     version = services.registry.version(tenant.id, model)
-    return adapter_body(version, services.registry.aliases.list(tenant.id))
+    return adapter_body(version, services.registry.aliases.list(tenant.id), services.registry)
 
 
-def adapter_body(version: AdapterVersion, aliases: Sequence[Alias]) -> dict[str, Any]:
+def adapter_body(version: AdapterVersion, aliases: Sequence[Alias], registry: Registry) -> dict[str, Any]:
     return {
         "id": version.id,
         "object": "adapter",
@@ -131,6 +129,7 @@ def adapter_body(version: AdapterVersion, aliases: Sequence[Alias]) -> dict[str,
         "step": version.step,
         "base_model": version.base_model,
         "base_fingerprint": version.base_fingerprint,
+        "stale": not registry.serves(version),
         "metrics": dict(version.metrics),
         "created_at": int(version.created_at),
         "aliases": [alias.name for alias in aliases if alias.model == version.id],
@@ -141,7 +140,7 @@ def _card(services: Services, version: AdapterVersion, request: Request) -> dict
     aliases = services.registry.aliases
     try:
         files = services.store.manifest(version.digest)
-    except AdapterNotFoundError:
+    except (AdapterNotFoundError, AdapterDamagedError):
         files = None
     return make_card(
         version,
@@ -149,6 +148,7 @@ def _card(services: Services, version: AdapterVersion, request: Request) -> dict
         active=[alias.name for alias in aliases.list(version.tenant_id) if alias.model == version.id],
         files=files,
         url=_reached_at(request),
+        stale=not services.registry.serves(version),
     )
 
 
@@ -158,11 +158,11 @@ def _reached_at(request: Request) -> str:
     return url if re.fullmatch(r"https?://[A-Za-z0-9.:\[\]_/-]+", url) else "https://YOUR-SERVICE"
 
 
-def _gguf_chunks(services: Services, version: AdapterVersion, directory: Path) -> Iterator[bytes]:
+def _gguf_chunks(services: Services, version: AdapterVersion, files: AdapterFiles) -> Iterator[bytes]:
     """Written whole before the first byte leaves, so that an adapter which cannot be one is a 400."""
     from service.engine.checkpoint import base_config  # attention kernels, which the API's process does without
 
-    weights = read_adapter(directory, services.base.signature, max_rank=services.settings.max_lora_rank)
+    weights = read_adapter(files, services.base.signature, max_rank=services.settings.max_lora_rank)
     with tempfile.TemporaryDirectory(prefix="rootstock-gguf-") as folder:
         path = Path(folder) / "adapter.gguf"
         write_gguf(path, weights, base_config(services.settings.base), name=version.id)

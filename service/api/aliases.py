@@ -13,6 +13,7 @@ from service.api.json_body import JsonRoute
 from service.api.pages import list_body, only_query
 from service.api.services import ServicesDep
 from service.api.wire import WireModel
+from service.registry import Registry
 
 router = APIRouter(route_class=JsonRoute, prefix="/v1/aliases", tags=["aliases"])
 
@@ -27,17 +28,17 @@ class PromoteRequest(WireModel):
 
 @router.get("", dependencies=[Depends(only_query())])
 def list_aliases(tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
-    return list_body([alias_body(alias) for alias in services.registry.aliases.list(tenant.id)])
+    return list_body([alias_body(alias, services.registry) for alias in services.registry.aliases.list(tenant.id)])
 
 
 @router.put("/{alias}")
 def set_alias(alias: str, body: AliasRequest, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
-    return alias_body(services.registry.aliases.set(tenant.id, alias, body.model))
+    return alias_body(services.registry.aliases.set(tenant.id, alias, body.model), services.registry)
 
 
 @router.get("/{alias}")
 def get_alias(alias: str, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
-    return alias_body(services.registry.aliases.get(tenant.id, alias))
+    return alias_body(services.registry.aliases.get(tenant.id, alias), services.registry)
 
 
 @router.delete("/{alias}")
@@ -50,20 +51,21 @@ def delete_alias(alias: str, tenant: TenantDep, services: ServicesDep) -> dict[s
 def promote(alias: str, tenant: TenantDep, services: ServicesDep, body: PromoteRequest | None = None) -> dict[str, Any]:
     """Of the canary that runs, or of the `model` that the body names."""
     model = None if body is None else body.model
-    return alias_body(services.rollout.canaries.promote(tenant.id, alias, model))
+    return alias_body(services.rollout.canaries.promote(tenant.id, alias, model), services.registry)
 
 
 @router.post("/{alias}/rollback")
 def roll_back_alias(alias: str, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
-    return alias_body(services.registry.aliases.roll_back(tenant.id, alias))
+    return alias_body(services.registry.aliases.roll_back(tenant.id, alias), services.registry)
 
 
-def alias_body(alias: Alias) -> dict[str, Any]:
+def alias_body(alias: Alias, registry: Registry) -> dict[str, Any]:
     return {
         "id": alias.name,
         "object": "alias",
         "model": alias.model,
         "digest": alias.digest,
+        "stale": not registry.serves(alias),
         "updated_at": int(alias.updated_at),
         "history": [
             {"model": move.model, "kind": move.kind, "created_at": int(move.created_at)} for move in alias.history

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 
 from adapters.errors import AdapterError
@@ -24,7 +25,7 @@ from service.api.schemas import GenerationParams
 from service.api.services import Services
 from service.api.sse import DONE, EventStream, event
 from service.drift_intake import Turn
-from service.engine.errors import EngineError
+from service.engine.errors import AdapterUnavailableError, EngineError
 from service.engine.grammar import AnyGrammar
 from service.engine.sequence import (
     AskedBy,
@@ -34,7 +35,7 @@ from service.engine.sequence import (
     SamplingParams,
     TokenLogprob,
 )
-from service.errors import InvalidRequestError, ServiceError, wire_error
+from service.errors import InvalidRequestError, ServiceError, UnavailableError, wire_error
 from service.routing import ResolvedModel, Route
 from service.tenants import Access, Tenant
 
@@ -197,8 +198,24 @@ async def answer(request: Request, services: Services, access: Access, ask: Ask,
         watch.failed(error)
         meter.failed(error)
         await generation.aclose()
+        if isinstance(error, AdapterUnavailableError):
+            await fall_back(services, ask.tenant.id, ask.route, error)
         raise
     return JSONResponse(body, headers=headers)
+
+
+async def fall_back(services: Services, tenant_id: str, route: Route, error: AdapterUnavailableError) -> None:
+    """Lead aliases away from an adapter that is damaged or lost. Raises UnavailableError when the request's own alias
+    has moved: asked again, it answers."""
+    if services.fallback is None or error.code not in ("adapter_damaged", "adapter_not_found"):
+        return
+    moved = await run_in_threadpool(services.fallback.away_from, error.digest)
+    mine = [fallen for fallen in moved if fallen.tenant_id == tenant_id and fallen.alias == route.alias]
+    if mine:
+        raise UnavailableError(
+            f"The model behind '{route.alias}' is damaged; the alias has gone back to an earlier one: ask again.",
+            code="adapter_damaged",
+        ) from error
 
 
 async def _release(generation: Generation, watch: AnswerWatch, meter: Meter) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from urllib.parse import quote
 
 from adapters.errors import AdapterError
 from service.answer_digest import answer_digest
 from service.api.keepsake import Keepsake
 from service.captures import MAX_EXCHANGE_BYTES, Exchange
 from service.drift_intake import DriftTap
+from service.engine.errors import AdapterUnavailableError
 from service.engine.sequence import FinishReason, GenerationRequest, OutputChunk
 from service.errors import ClientDisconnectedError, DeadlineExceededError, GenerationFailedError
 from service.experiment import Arm, Measure
@@ -58,7 +60,10 @@ class AnswerWatch:
 
     @property
     def headers(self) -> dict[str, str]:
-        return {} if self._route.trial is None else {"x-rootstock-arm": self._route.trial.arm.value}
+        told = {} if self._route.trial is None else {"x-rootstock-arm": self._route.trial.arm.value}
+        if self._route.fallen_from is not None:
+            told["x-rootstock-fallback-from"] = quote(self._route.fallen_from, safe=":/")
+        return told
 
     def started(self) -> None:
         """The client is about to learn the completion's id."""
@@ -122,7 +127,9 @@ class AnswerWatch:
         self._ended = True
         if (trial := self._route.trial) is None:
             return
-        if isinstance(error, (GenerationFailedError, AdapterError)) or self._is_our_deadline(error):
+        if isinstance(error, (GenerationFailedError, AdapterError, AdapterUnavailableError)) or self._is_our_deadline(
+            error
+        ):
             self._count({(trial.arm, Measure.ERROR): 1.0, (trial.arm, Measure.ABORTED): 0.0})
 
     def abandoned(self) -> None:

@@ -14,17 +14,18 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 from numpy.typing import NDArray
 
+from service.api.answer import fall_back
 from service.api.auth import AccessDep
 from service.api.generation import asked_by, origin_of, unless_disconnected
 from service.api.json_body import JsonRoute
 from service.api.meter import Meter
 from service.api.schemas import EmbeddingsRequest
 from service.api.services import Services, ServicesDep
-from service.engine.errors import EngineError
+from service.engine.errors import AdapterUnavailableError, EngineError
 from service.engine.sequence import AskedBy, GenerationRequest, SamplingParams
 from service.errors import InvalidRequestError
 from service.metrics import Origin
-from service.routing import ResolvedModel
+from service.routing import ResolvedModel, Route
 from service.tenants import Tenant
 from service.usage_rows import Tokens
 
@@ -66,6 +67,9 @@ async def create_embeddings(
         vectors = await unless_disconnected(request, _embed(ask.requests, services, origin))
     except BaseException as error:
         meter.failed(error)  # nothing was counted: an answer that nobody got costs nothing
+        if isinstance(error, AdapterUnavailableError):
+            alias = None if body.model == ask.model.id else body.model
+            await fall_back(services, access.tenant.id, Route(ask.model, alias), error)
         raise
     await meter.book(Tokens(requests=1, prompt_tokens=ask.num_tokens))
     return await run_in_threadpool(_answer, body, ask, vectors)

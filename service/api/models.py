@@ -10,7 +10,7 @@ from service.api.auth import TenantDep
 from service.api.json_body import JsonRoute
 from service.api.pages import only_query
 from service.api.services import Services, ServicesDep
-from service.registry import BaseIdentity
+from service.registry import BaseIdentity, Registry
 from service.versions import AdapterVersion
 
 router = APIRouter(route_class=JsonRoute, tags=["models"])
@@ -19,7 +19,10 @@ router = APIRouter(route_class=JsonRoute, tags=["models"])
 @router.get("/v1/models", dependencies=[Depends(only_query())])
 def list_models(tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
     versions = services.registry.versions(tenant.id)
-    data = [base_body(services.registry.base), *(model_body(version, tenant.name) for version in versions)]
+    data = [
+        base_body(services.registry.base),
+        *(model_body(version, tenant.name, services.registry) for version in versions),
+    ]
     return {"object": "list", "data": data}
 
 
@@ -27,7 +30,7 @@ def list_models(tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
 def get_model(model: str, tenant: TenantDep, services: ServicesDep) -> dict[str, Any]:
     if model == services.registry.base.name:
         return base_body(services.registry.base)
-    return model_body(services.registry.version(tenant.id, model), tenant.name)
+    return model_body(services.registry.version(tenant.id, model), tenant.name, services.registry)
 
 
 @router.delete("/v1/models/{model:path}")
@@ -43,12 +46,14 @@ def delete_model(model: str, tenant: TenantDep, services: ServicesDep) -> dict[s
 def retire(services: Services, digest: str) -> None:
     """Nobody refers to this adapter any more: running answers finish, nothing new starts, its files go."""
     services.engine.retire(digest)
-    services.store.delete(digest)
+    services.registry.discard(services.store, digest)
 
 
 def base_body(base: BaseIdentity) -> dict[str, Any]:
     return {"id": base.name, "object": "model", "created": int(base.created_at), "owned_by": "rootstock"}
 
 
-def model_body(version: AdapterVersion, owner: str) -> dict[str, Any]:
-    return {"id": version.id, "object": "model", "created": int(version.created_at), "owned_by": owner}
+def model_body(version: AdapterVersion, owner: str, registry: Registry) -> dict[str, Any]:
+    """`stale`: it belongs to another base than the loaded one, and requests for it are refused."""
+    body = {"id": version.id, "object": "model", "created": int(version.created_at), "owned_by": owner}
+    return {**body, "stale": not registry.serves(version)}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from service.engine.grammar_compiler import GrammarCompiler
     from service.engine.serving_engine import ServingEngine
     from service.estimates import Estimates
+    from service.fallback import Fallback
     from service.files import Files
     from service.jobs import Jobs
     from service.merges import Merges
@@ -60,6 +61,8 @@ class Services:
     removal: TenantRemoval
     merges: Merges | None = None
     drift: DriftWatch | None = None
+    fallback: Fallback | None = None
+    """None: a damaged adapter is an error, and nothing more happens."""
 
 
 async def _of_request(request: Request) -> Services:

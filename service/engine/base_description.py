@@ -37,6 +37,11 @@ class BaseDescription:
     activation_bytes: int
 
     @property
+    def identity(self) -> str:
+        """What an adapter is published for: these weights, held like this. Another rounding of them is another base."""
+        return f"{self.fingerprint}+{self.quantization}"
+
+    @property
     def chat_template(self) -> str:
         """The template's text; the one for tools where there are several."""
         return str(self.tokenizer.get_chat_template(tools=[{}]))

@@ -20,7 +20,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, StoreError
 from adapters.host_cache import HostCache
 from adapters.lora_weights import LoraWeights
 from adapters.prepared import preparing
@@ -29,6 +29,7 @@ from service.engine.crash_limit import CrashLimit
 from service.engine.detokenizer import TokenBytes
 from service.engine.device import decoding_stream, is_lost
 from service.engine.engine_config import EngineConfig
+from service.engine.errors import AdapterUnavailableError
 from service.engine.intake import Abort, Command, Forget, Intake, Retire, Submit
 from service.engine.machinery import Machinery
 from service.engine.observation import EngineObserver, EngineStats
@@ -44,6 +45,8 @@ from service.engine.step_times import StepTimes
 logger = logging.getLogger(__name__)
 
 MAX_CRASHES, CRASH_WINDOW_SECONDS = 3, 60.0
+STORE_RETRY_SECONDS = 5.0
+"""When to ask again for an adapter whose store did not answer."""
 MAX_STEP_SECONDS = 5.0
 """When shutting down, the last step may take no longer."""
 
@@ -240,7 +243,7 @@ class Engine(ServingEngine):
         plan = scheduler.schedule()
         self._machinery.prefetch(self._intake.num_wakes)
         for sequence, error in plan.rejected:
-            self._finish(sequence, Ending(FinishReason.ERROR, _explain(error, sequence)))
+            self._finish(sequence, _ending_of(error, sequence))
         if plan.work:
             self._run(plan)
         if not scheduler.running:
@@ -337,8 +340,15 @@ class Engine(ServingEngine):
         )
 
 
-def _explain(error: Exception, sequence: Sequence) -> str:
-    if isinstance(error, AdapterError):
-        return error.message
-    logger.error("engine.admission_failed", exc_info=error, extra=sequence.request.log_ids)
-    return "internal error while starting the request"
+def _ending_of(error: Exception, sequence: Sequence) -> Ending:
+    """Of a sequence that could not start, nor go on after it was preempted."""
+    if not isinstance(error, AdapterError):
+        logger.error("engine.admission_failed", exc_info=error, extra=sequence.request.log_ids)
+        return Ending(FinishReason.ERROR, "internal error while starting the request")
+    refusal = AdapterUnavailableError(
+        error.message,
+        code=error.code or "adapter_unavailable",
+        digest=sequence.request.adapter or "",
+        retry_after=STORE_RETRY_SECONDS if isinstance(error, StoreError) else None,
+    )
+    return Ending(FinishReason.ERROR, error.message, refusal=refusal)

@@ -5,6 +5,7 @@ EngineError
 ├── QueueFullError         too many wait already; try again after `retry_after` seconds
 ├── BaseModelError         the base model cannot be loaded as asked; stops start-up
 ├── ChatTemplateError      the base's chat template refuses these messages
+├── AdapterUnavailableError the request's adapter cannot be loaded: `code` says why, `retry_after` when that may pass
 ├── EmbeddingFailedError   the engine gave up on a prompt it had accepted
 ├── GrammarError           what the answer shall follow cannot be followed
 │   ├── InvalidGrammarError         malformed, unsupported or too complex
@@ -59,6 +60,16 @@ class EngineDeadError(EngineError):
 
     code = "engine_unavailable"
     retry_after = 5.0
+
+
+class AdapterUnavailableError(EngineError):
+    """The request's adapter cannot be loaded. `code`: adapter_damaged, adapter_not_found, store_error, …"""
+
+    def __init__(self, message: str, *, code: str, digest: str, retry_after: float | None) -> None:
+        """`retry_after` is None where trying again does not help."""
+        super().__init__(message, param="model", code=code)
+        self.digest = digest
+        self.retry_after = retry_after
 
 
 class EmbeddingFailedError(EngineError):

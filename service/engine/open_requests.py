@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from service.engine.errors import EngineError
 from service.engine.intake import Submit
 from service.engine.observation import EngineObserver
 from service.engine.sampler import Sampled
@@ -31,6 +32,8 @@ class Ending:
     error: str | None = None
     embedding: NDArray[np.float32] | None = None
     prompt_nll: float | None = None
+    refusal: EngineError | None = None
+    """Says, in place of an answer, that there will be none."""
 
 
 class OpenRequests:
@@ -94,8 +97,11 @@ class OpenRequests:
         request_id = sequence.request.request_id
         response = self._submitted[request_id].response
         try:
-            measured = sequence.measured(ending.prompt_nll)
-            response.finish(ending.reason, ending.error, ending.embedding, measured)
+            if ending.refusal is not None:
+                response.refuse(ending.refusal)
+            else:
+                measured = sequence.measured(ending.prompt_nll)
+                response.finish(ending.reason, ending.error, ending.embedding, measured)
         except Exception:
             logger.exception("engine.response_failed", extra=sequence.request.log_ids)
             response.abandon("internal error while writing the answer")

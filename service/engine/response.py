@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from service.engine.base_description import BaseDescription
 from service.engine.detokenizer import Detokenizer, TokenBytes
+from service.engine.errors import EngineError
 from service.engine.sampler import Sampled
 from service.engine.sequence import FinishReason, GenerationRequest, Measured, OutputChunk, TokenLogprob
 
@@ -68,6 +69,10 @@ class Response:
         """Send the last chunk with all that was held back."""
         self._pending_text += self._text.flush()
         self._send(reason, error, embedding, measured)
+
+    def refuse(self, refusal: EngineError) -> None:
+        """Send, as the last chunk, that there is no answer."""
+        self._on_chunk(OutputChunk.of_refusal(refusal))
 
     def abandon(self, error: str) -> None:
         """Send a last chunk that says so and nothing else: what was held back may be what went wrong."""

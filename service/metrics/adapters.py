@@ -18,8 +18,17 @@ class AdapterMetrics(Series):
         self._adapter_evictions = self._counter("adapter_evictions", "Adapters evicted.", "reason")
         self._adapter_verify_failures = self._counter(
             "adapter_verify_failures",
-            "Adapters refused when loaded; the reason is the failed check.",
+            "Adapters refused, or found damaged; the reason is the failed check.",
             "reason",
+        )
+        self._alias_fallbacks = self._counter(
+            "alias_fallbacks",
+            "Aliases led away from a damaged or lost adapter, or left there for want of another.",
+            "outcome",
+        )
+        self._adapters_checked = self._counter("adapters_checked", "Stored adapters read and verified at rest.")
+        self._last_check = self._gauge(
+            "store_last_check_timestamp_seconds", "When all stored adapters had last been verified, unix time."
         )
 
     def adapter_loaded(self, tier: str, seconds: float) -> None:
@@ -27,6 +36,16 @@ class AdapterMetrics(Series):
 
     def adapter_evicted(self, reason: str) -> None:
         self._adapter_evictions.labels(reason).inc()
+
+    def alias_fell_back(self, outcome: str) -> None:
+        self._alias_fallbacks.labels(outcome).inc()
+
+    def adapter_checked(self) -> None:
+        self._adapters_checked.inc()
+
+    def store_checked(self, at: float) -> None:
+        """Everything in it, once."""
+        self._last_check.set(at)
 
     def adapter_verify_failed(self, reason: str) -> None:
         self._adapter_verify_failures.labels(reason).inc()

@@ -54,6 +54,10 @@ def lease_gauges(age_seconds: float) -> Iterator[Metric]:
     yield _gauge("rootstock_lease_age_seconds_max", "Since the stalest running job's heartbeat.", age_seconds)
 
 
+def stale_gauges(num_stale: int) -> Iterator[Metric]:
+    yield _gauge("rootstock_adapters_stale", "Published models that belong to another base than the loaded.", num_stale)
+
+
 def job_gauges(backlog: JobBacklog) -> Iterator[Metric]:
     unfinished = GaugeMetricFamily("rootstock_jobs_unfinished", "Jobs queued, paused or running.", labels=["state"])
     for state, num_jobs in backlog.num_jobs.items():

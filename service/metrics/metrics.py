@@ -22,6 +22,7 @@ from service.metrics.gauges import (
     process_gauges,
     quality_gauges,
     router_gauges,
+    stale_gauges,
 )
 from service.metrics.jobs import JobMetrics
 from service.metrics.origin import Origin
@@ -85,6 +86,9 @@ class Metrics(TenantMetrics, RequestMetrics, AdapterMetrics, JobMetrics, Rollout
 
     def watch_processes(self, resident_bytes: Callable[[], Mapping[str, int]]) -> None:
         self.registry.register(Scrape(lambda: process_gauges(resident_bytes())))
+
+    def watch_stale(self, num_stale: Callable[[], int]) -> None:
+        self.registry.register(Scrape(lambda: stale_gauges(num_stale())))
 
     def watch_jobs(self, backlog: Callable[[], JobBacklog]) -> None:
         self.registry.register(Scrape(lambda: job_gauges(backlog())))

@@ -165,7 +165,7 @@ def test_an_adapter_is_published_only_when_all_of_it_is_durable(
     synced.clear()
     digest = store.publish(source)
     assert tmp_path / "store" / "sha256" in synced
-    assert store.directory(digest).is_dir() and store.digests() == [digest]
+    assert store.read(digest) and store.digests() == [digest]
     assert [path.name for path in (tmp_path / "store" / "sha256").iterdir()] == [digest]
 
 

@@ -13,6 +13,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.adapter_files import AdapterSource
 from adapters.drift.reading import Reading
 from adapters.errors import AdapterNotFoundError, DriftReferenceError
 from service.drift import DriftWatch
@@ -107,8 +108,9 @@ class FakeMonitors:
     failing: bool = False
     seen: list[dict[str, float | None]] = field(default_factory=list)
 
-    def reference(self, directory: Path) -> FakeReference | None:
-        return self.references.get(directory.name)
+    def reference(self, source: AdapterSource) -> FakeReference | None:
+        assert isinstance(source, Path)
+        return self.references.get(source.name)
 
     def of_prompts(self, reference: object, state: bytes | None) -> FakePromptMonitor:
         return FakePromptMonitor(state)

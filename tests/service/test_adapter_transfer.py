@@ -40,7 +40,7 @@ class _FromStore(dict[str, LoraWeights]):
         self._store, self._signature = AdapterStore(str(directory / "adapters"), directory / "cache"), signature
 
     def __missing__(self, digest: str) -> LoraWeights:
-        return read_adapter(self._store.directory(digest), self._signature, max_rank=64)
+        return read_adapter(self._store.read(digest), self._signature, max_rank=64)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from tests.service.http_fixtures import Served, serve_fake
 @pytest.fixture
 def drifting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Served, FakeMonitors]]:
     """The service; `acme` and `zenith` each have a model of the adapter DIGEST."""
-    monkeypatch.setattr("adapters.store.AdapterStore.directory", lambda self, digest: Path(digest))
+    monkeypatch.setattr("adapters.store.AdapterStore.read", lambda self, digest, names: Path(digest))
     monitors = FakeMonitors(references={DIGEST: FakeReference(basis=drift_basis(FakeBase()))})
     with serve_fake(tmp_path, monitors=cast(Monitors, monitors)) as served:
         served.engine.num_waiting = 0

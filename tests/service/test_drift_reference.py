@@ -87,7 +87,7 @@ def _direct(base: BaseModel, tokens: list[int]) -> tuple[NDArray[np.float32], fl
 
 
 def _reference(workshop: Workshop, job: Job) -> DriftReference | None:
-    return read_reference(workshop.store.directory(workshop.digest(job)))
+    return read_reference(workshop.store.read(workshop.digest(job)))
 
 
 def _said(workshop: Workshop, job: Job, word: str = "rift reference") -> list[str]:
@@ -96,7 +96,7 @@ def _said(workshop: Workshop, job: Job, word: str = "rift reference") -> list[st
 
 @pytest.mark.slow
 def test_a_job_leaves_a_reference_of_what_transformers_computes_on_the_quantized_base(
-    workshop: Workshop, tiny_llama_dir: Path
+    workshop: Workshop, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     rows = _conversations()
     job = workshop.submit(rows, hyperparameters=ONCE)
@@ -134,7 +134,10 @@ def test_a_job_leaves_a_reference_of_what_transformers_computes_on_the_quantized
     assert "one false alarm in 500 observed prompts" in shown["promise"]
     assert {"drift.json", "drift.safetensors"} < manifest.keys()
 
-    directory = workshop.store.directory(version.digest)
+    directory = tmp_path / "adapter"
+    directory.mkdir()
+    for name, content in workshop.store.read(version.digest).items():
+        (directory / name).write_bytes(content)
     PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_llama_dir), str(directory))  # minds no other files
     assert workshop.answer("word 5?", version.digest) is not None
     job = workshop.submit(rows, parent_digest=version.digest, hyperparameters=replace(ONCE, lora_r="auto"))

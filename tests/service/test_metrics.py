@@ -38,6 +38,10 @@ CONTRACT = {
     "rootstock_prefix_cache_hits_total": ("counter", set()),
     "rootstock_adapter_evictions_total": ("counter", {"reason"}),
     "rootstock_adapter_verify_failures_total": ("counter", {"reason"}),
+    "rootstock_alias_fallbacks_total": ("counter", {"outcome"}),
+    "rootstock_adapters_checked_total": ("counter", set()),
+    "rootstock_store_last_check_timestamp_seconds": ("gauge", set()),
+    "rootstock_adapters_stale": ("gauge", set()),
     "rootstock_canary_requests_total": ("counter", {"arm", "outcome"}),
     "rootstock_canary_ends_total": ("counter", {"outcome", "reason"}),
     "rootstock_shadow_requests_total": ("counter", {"outcome"}),
@@ -90,6 +94,8 @@ def metrics() -> Metrics:
     metrics = Metrics(max_tenant_labels=2, router_aliases=True)
     metrics.watch_engine(FakeEngine().stats)
     metrics.watch_leases(lambda: 4.5)
+    metrics.watch_stale(lambda: 1)
+    metrics.alias_fell_back("moved")
     metrics.watch_processes(lambda: resident_bytes({"api": os.getpid(), "engine": None}))
     metrics.watch_jobs(lambda: JobBacklog({"queued": 2, "running": 0}, {"queued": 90.0}))
     metrics.watch_process(lambda: True, 1 << 30)

@@ -186,7 +186,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
             "created_at": 1.0,
         }
         with control.database.begin() as connection:
-            connection.execute(retraining_proposals.insert().values(**proposal, **told, created_at=1.0))
+            connection.execute(retraining_proposals.insert().values(**proposal, **told))
         key, _ = control.tenants.create_key(control.zenith.id)
         control.registry.version(control.zenith.id, model)
         theirs = {

@@ -89,7 +89,7 @@ class Workshop:
         return digest
 
     def weights(self, digest: str) -> LoraWeights:
-        return read_adapter(self.store.directory(digest), self.base.signature, max_rank=64)
+        return read_adapter(self.store.read(digest), self.base.signature, max_rank=64)
 
     def await_state(self, job: Job, state: JobStatus, seconds: float = 60) -> Job:
         self.await_that(lambda: self.job(job).state is state, seconds)
@@ -137,12 +137,12 @@ def workshop(tiny_base: BaseModel, tmp_path: Path) -> Iterator[Workshop]:
     url = f"sqlite:///{tmp_path / 'rootstock.db'}"
     database = connect(url)
     control = make_control(database, url, tmp_path / "storage")
-    registry = Registry(database, BaseIdentity("tiny", tiny_base.fingerprint))
+    registry = Registry(database, BaseIdentity("tiny", tiny_base.identity))
     control = replace(control, registry=registry)
     store, tally = AdapterStore(str(tmp_path / "storage"), tmp_path / "cache"), Tally()
     engine = Engine(
         tiny_base,
-        lambda digest: read_adapter(store.directory(digest), tiny_base.signature, max_rank=64),
+        lambda digest: read_adapter(store.read(digest), tiny_base.signature, max_rank=64),
         EngineConfig(kv_cache_bytes=8 * 1024 * 1024, max_num_seqs=4, max_lora_slots=4),
         tally,
     )

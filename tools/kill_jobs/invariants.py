@@ -82,7 +82,7 @@ def _check_adapters(connection: Connection, store: AdapterStore, root: Path, fou
             found.garbage["unfinished adapters"] += 1
             continue
         try:
-            store.directory(name)
+            store.read(name)
         except (AdapterError, StoreError) as error:
             found.violations.append(f"adapter {name}: {error.message}")
         if name not in versions.values():

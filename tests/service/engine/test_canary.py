@@ -82,7 +82,7 @@ class Aviary:
             max_lora_slots=5,
             max_host_adapters=9,
         )
-        engine = Engine(self.base, lambda d: read_adapter(self.store.directory(d), signature, max_rank=64), config, ear)
+        engine = Engine(self.base, lambda d: read_adapter(self.store.read(d), signature, max_rank=64), config, ear)
         engine.start()
         yield engine
         engine.shutdown(0)
