@@ -11,6 +11,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import sqlalchemy as sa
+from starlette.requests import ClientDisconnect
 
 from service.database import Database, connect
 from service.errors import ConflictError, InvalidRequestError, NotFoundError, TooLargeError
@@ -60,9 +61,9 @@ def test_a_file_over_the_limit_is_refused_and_leaves_nothing(control: Control) -
 def test_an_upload_that_breaks_off_leaves_nothing(control: Control) -> None:
     def breaking() -> Iterator[bytes]:
         yield b"half"
-        raise ConnectionError
+        raise ClientDisconnect
 
-    with pytest.raises(ConnectionError):
+    with pytest.raises(ClientDisconnect):
         control.files.create(control.acme.id, "t", FilePurpose.FINE_TUNE, breaking())
     assert _contents(control) == []
     assert control.files.list(control.acme.id).items == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import time
 import zipfile
 from collections.abc import Iterator
@@ -185,10 +186,23 @@ def test_a_merged_model_is_asked_for_made_beside_serving_and_downloaded(
     assert http.get(f"/v1/merges/{made['id']}").status_code == 404
 
 
-def test_a_merge_whose_adapter_is_gone_fails_and_says_so(merging: tuple[Served, MergeWorker, str]) -> None:
+def test_a_merge_of_a_model_that_is_deleted_meanwhile_is_still_made(
+    merging: tuple[Served, MergeWorker, str],
+) -> None:
     served, worker, model = merging
     made = served.http().post(f"/v1/adapters/{model}/merge").json()
     served.http().delete(f"/v1/models/{model}").raise_for_status()
+    worker.start()
+    served.wait_until(lambda: served.http().get(f"/v1/merges/{made['id']}").json()["status"] == "succeeded")
+    worker.stop()
+
+
+def test_a_merge_whose_adapter_is_gone_fails_and_says_so(
+    merging: tuple[Served, MergeWorker, str], tmp_path: Path
+) -> None:
+    served, worker, model = merging
+    made = served.http().post(f"/v1/adapters/{model}/merge").json()
+    shutil.rmtree(tmp_path / "adapters" / "sha256" / served.control.registry.versions(served.control.acme.id)[0].digest)
     worker.start()
     served.wait_until(lambda: served.http().get(f"/v1/merges/{made['id']}").json()["status"] == "failed")
     worker.stop()

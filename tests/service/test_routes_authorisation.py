@@ -178,7 +178,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         given = zenith.post("/v1/feedback", json={"completion_id": completion, "rating": 1}).raise_for_status().json()
         proposal = {"id": "retraining-of-zenith", "tenant_id": control.zenith.id, "target": ALIAS, "model": model}
         told = {
-            "trigger": "manual",
+            "trigger": "request",
             "reason": "asked",
             "options": {},
             "state": "dismissed",

@@ -19,7 +19,7 @@ from adapters.peft_format import write_adapter
 from service.engine.base_model import BaseModel, load_base_model
 from service.engine.engine import Engine
 from service.engine.engine_config import EngineConfig
-from service.engine.errors import EmbeddingFailedError, RequestRejectedError
+from service.engine.errors import AdapterUnavailableError, RequestRejectedError
 from service.engine.pooling import watching
 from service.engine.sequence import FinishReason, GenerationRequest, SamplingParams
 from tests.service.engine.conftest import SPECS, Ear, Rig
@@ -141,7 +141,7 @@ async def test_prompts_that_cannot_be_embedded_are_refused(rig: Rig) -> None:
         with pytest.raises(RequestRejectedError) as rejection:
             await rig.embed(tokens)
         assert rejection.value.code == code
-    with pytest.raises(EmbeddingFailedError, match="no adapter deleted"):
+    with pytest.raises(AdapterUnavailableError, match="no adapter deleted"):
         await rig.embed([5], "deleted")
 
 
