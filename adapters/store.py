@@ -28,18 +28,12 @@ from weakref import WeakValueDictionary
 
 from fsspec.implementations.local import LocalFileSystem
 
-from adapters.drift.reference import TENSORS
 from adapters.durable import fsync_path, make_directories
-from adapters.errors import AdapterDamagedError, AdapterFormatError, AdapterNotFoundError
+from adapters.errors import AdapterDamagedError, AdapterNotFoundError
+from adapters.manifest import MANIFEST, check_manifest, manifest_of, read_stored, sha256_of
 from adapters.steps import Reached, unwatched
 from adapters.storage import make_parents, open_storage, storage_errors
 
-REQUIRED_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
-NOTE_SUFFIXES = frozenset({".json", ".md", ".csv"})
-MAX_NOTE_BYTES = 4 * 1024 * 1024
-MAX_REFERENCE_BYTES = 32 * 1024 * 1024
-"""Of the drift reference's tensors, whose directions are as long as the base's hidden states."""
-MANIFEST = "manifest.json"
 _PIECE_BYTES = 1024 * 1024
 T = TypeVar("T")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -86,7 +80,7 @@ class AdapterStore:
 
         Raises AdapterFormatError(check="files") for a file that may not be part of an adapter.
         """
-        manifest = _manifest_of(directory)
+        manifest = manifest_of(directory)
         digest = hashlib.sha256(manifest).hexdigest()
         with storage_errors(f"publishing adapter {digest}"), self._transfer(digest):
             is_there = self._holds(digest)
@@ -107,15 +101,15 @@ class AdapterStore:
         path = self._local / _checked(digest)
         with storage_errors(f"reading adapter {digest}"), self._transfer(digest):
             if self._is_local:
-                return self._original(digest, lambda: _read(path, digest, names))
+                return self._original(digest, lambda: read_stored(path, digest, names))
             try:
-                return _read(path, digest, names)
+                return read_stored(path, digest, names)
             except FileNotFoundError:
                 pass
             except AdapterDamagedError:
                 self._drop_copy(digest)
             self._original(digest, lambda: self._fetch(digest))
-            return _read(path, digest, names)
+            return read_stored(path, digest, names)
 
     def verify(self, digest: str, pace: Callable[[int], None] = lambda num_bytes: None) -> None:
         """Read what is stored, from where it is stored, and a local copy of it; `pace` hears of every piece read.
@@ -240,11 +234,11 @@ class AdapterStore:
         return True
 
     def _entries(self, digest: str) -> dict[str, Any]:
-        return _check_manifest(self._filesystem.cat_file(self._remote(digest, MANIFEST)), digest)
+        return check_manifest(self._filesystem.cat_file(self._remote(digest, MANIFEST)), digest)
 
     def _hash_all(self, digest: str, pace: Callable[[int], None]) -> None:
         if self._is_local and (self._local / digest).is_dir():
-            _read(self._local / digest, digest, ())  # the manifest is there, and no other files are
+            read_stored(self._local / digest, digest, ())  # the manifest is there, and no other files are
         for name, entry in self._entries(digest).items():
             counted, found = 0, hashlib.sha256()
             try:
@@ -269,7 +263,7 @@ class AdapterStore:
     def _good_copy(self, digest: str) -> Path | None:
         """Where it lies; a bad one is dropped."""
         try:
-            _read(self._local / digest, digest, None)
+            read_stored(self._local / digest, digest, None)
         except FileNotFoundError:
             return None
         except AdapterDamagedError:
@@ -285,14 +279,14 @@ class AdapterStore:
     def _fetch(self, digest: str) -> None:
         """A verified local copy of the original."""
         manifest = self._filesystem.cat_file(self._remote(digest, MANIFEST))
-        entries = _check_manifest(manifest, digest)
+        entries = check_manifest(manifest, digest)
 
         def copy(name: str, target: Path) -> None:
             try:
                 self._filesystem.get_file(self._remote(digest, name), str(target))
             except FileNotFoundError:
                 raise AdapterDamagedError(digest, f"'{name}' is missing") from None
-            if target.stat().st_size != entries[name]["bytes"] or _sha256(target) != entries[name]["sha256"]:
+            if target.stat().st_size != entries[name]["bytes"] or sha256_of(target) != entries[name]["sha256"]:
                 raise AdapterDamagedError(digest, f"'{name}' is not what was published")
 
         self._install(digest, manifest, copy)
@@ -384,73 +378,6 @@ def _appear(building: Path, path: Path) -> None:
     except OSError:
         if not path.is_dir():  # else somebody published the same bytes just now
             raise
-
-
-def _manifest_of(directory: Path) -> bytes:
-    files = sorted(directory.iterdir(), key=lambda path: path.name)
-    for path in files:
-        _check_file(path)
-    names = {path.name for path in files}
-    if not names >= REQUIRED_FILES:
-        missing = ", ".join(sorted(REQUIRED_FILES - names))
-        raise AdapterFormatError(f"An adapter directory needs {missing}", check="files")
-    entries = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in files}
-    return json.dumps({"version": 1, "files": entries}, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _check_file(path: Path) -> None:
-    if path.is_symlink() or not path.is_file():
-        raise AdapterFormatError(f"'{path.name}' is no plain file", check="files")
-    if path.name in REQUIRED_FILES:
-        return
-    limit = MAX_REFERENCE_BYTES if path.name == TENSORS else MAX_NOTE_BYTES
-    is_note = path.name == TENSORS or path.suffix in NOTE_SUFFIXES
-    if path.name == MANIFEST or path.name.startswith(".") or not is_note:
-        raise AdapterFormatError(
-            f"'{path.name}' may not be part of an adapter: only {', '.join(sorted(REQUIRED_FILES))}, {TENSORS} and "
-            "notes in .json, .md or .csv",
-            check="files",
-        )
-    if path.stat().st_size > limit:
-        raise AdapterFormatError(f"'{path.name}' is longer than {limit} bytes", check="files")
-
-
-def _read(path: Path, digest: str, names: Collection[str] | None) -> dict[str, bytes]:
-    """Raises FileNotFoundError when there is no such directory."""
-    if not path.is_dir():
-        raise FileNotFoundError(path)
-    try:
-        files = _check_manifest((path / MANIFEST).read_bytes(), digest)
-    except FileNotFoundError:
-        if not path.is_dir():
-            raise  # deleted just now
-        raise AdapterDamagedError(digest, "its manifest is missing") from None
-    _check_names(path, digest, files)
-    found = {}
-    for name in files if names is None else sorted(files.keys() & set(names)):
-        content = (path / name).read_bytes()
-        if hashlib.sha256(content).hexdigest() != files[name]["sha256"]:
-            raise AdapterDamagedError(digest, f"'{name}' is not what was published")
-        found[name] = content
-    return found
-
-
-def _check_names(path: Path, digest: str, files: Collection[str]) -> None:
-    names = {entry.name for entry in path.iterdir()} - {MANIFEST}
-    if names != set(files):
-        raise AdapterDamagedError(digest, f"its files are {sorted(names)} instead of {sorted(files)}")
-
-
-def _check_manifest(manifest: bytes, digest: str) -> dict[str, Any]:
-    if hashlib.sha256(manifest).hexdigest() != digest:
-        raise AdapterDamagedError(digest, "its manifest is not what was published")
-    files: dict[str, Any] = json.loads(manifest)["files"]
-    return files
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _remove(path: Path) -> None:

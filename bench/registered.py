@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from adapters.lora_weights import LoraSpec, LoraWeights
+from adapters.manifest import MANIFEST
 from adapters.peft_format import read_adapter, write_adapter
-from adapters.store import MANIFEST, AdapterStore
+from adapters.store import AdapterStore
 from bench.subject import Subject, random_adapter
 from service.database import connect
 from service.registry import BaseIdentity, Registry

@@ -22,7 +22,8 @@ import sqlalchemy as sa
 import torch
 
 from adapters.errors import AdapterNotFoundError
-from adapters.store import REQUIRED_FILES, AdapterStore
+from adapters.manifest import REQUIRED_FILES
+from adapters.store import AdapterStore
 from service.database import Database, connect
 from service.engine.base_model import BaseModel
 from service.engine.errors import EngineDeadError

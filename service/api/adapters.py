@@ -17,9 +17,9 @@ from starlette.datastructures import FormData, UploadFile
 from adapters.adapter_files import AdapterFiles
 from adapters.errors import AdapterDamagedError, AdapterNotFoundError
 from adapters.gguf_lora import write_gguf
+from adapters.manifest import REQUIRED_FILES
 from adapters.peft_archive import README_NAME, zip_chunks
 from adapters.peft_format import read_adapter
-from adapters.store import REQUIRED_FILES
 from service.adapter_import import AdapterImport
 from service.aliases import Alias
 from service.api.auth import TenantDep

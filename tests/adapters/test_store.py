@@ -14,7 +14,8 @@ import fsspec
 import pytest
 
 from adapters.errors import AdapterDamagedError, AdapterFormatError, AdapterNotFoundError, StoreError
-from adapters.store import MANIFEST, MAX_NOTE_BYTES, AdapterStore
+from adapters.manifest import MANIFEST, MAX_NOTE_BYTES
+from adapters.store import AdapterStore
 from tests.buckets import SECRET, new_bucket, s3_service, use_s3
 
 UNKNOWN = "0" * 64

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from adapters.store import MANIFEST, AdapterStore
+from adapters.manifest import MANIFEST
+from adapters.store import AdapterStore
 from service.garbage import Garbage
 from service.resume_points import ResumePoints
 from tests.service.control_fixtures import Control
