@@ -36,7 +36,8 @@ FLUSH_SECONDS = 5.0
 POLL_SECONDS = 0.1
 """How often it is asked whether a waiting probe may start."""
 
-MAX_PROBES_WAITING, MAX_PROBES_OF_A_STREAM = 256, 16
+MAX_PROBES_WAITING, MAX_PROBES_OF_A_STREAM = 1024, 64
+"""Enough to fill the longest window: a busy minute is looked at in the next idle one."""
 
 
 class DriftObserver(Protocol):

@@ -149,7 +149,7 @@ class TuningRun:
         if outcome in (Outcome.SUCCEEDED, Outcome.FAILED, Outcome.CANCELLED):
             self._services.resume_points.discard(self._job.id)
             self._services.reached("job.swept")
-        if outcome is Outcome.LOST:
+        if outcome in (Outcome.LOST, Outcome.CANCELLED):
             self._vanish_with_job()
         self._trainer = self._probe = None
         give_back()

@@ -45,7 +45,13 @@ async def create_chat_completion(
         ask = replace(ask, grammar=await services.grammars.of(access.tenant.id).compile(source))
     if not any(message.role == "assistant" for message in body.messages):
         ask = replace(ask, turn=Turn(who.name, expects_json=body.expects_json))
-    return await answer(request, services, access, ask, ChatShape(ask.head, body.include_usage, calls))
+    return await answer(
+        request,
+        services,
+        access,
+        ask,
+        ChatShape(ask.head, body.include_usage, calls, tells_logprobs=ask.logprobs is not None),
+    )
 
 
 def _understand(body: ChatRequest, who: Callable[[], str], tenant: Tenant, services: Services) -> Ask:
@@ -74,9 +80,12 @@ def _render(body: ChatRequest, services: Services) -> Sequence[int]:
 class ChatShape:
     """Chat completions. Chunk events are put together from strings: there is one for every token of everybody."""
 
-    def __init__(self, head: Head, include_usage: bool, calls: CallSyntax | None = None) -> None:
+    def __init__(
+        self, head: Head, include_usage: bool, calls: CallSyntax | None = None, *, tells_logprobs: bool = False
+    ) -> None:
         self._head = head
         self._calls = calls
+        self._tells_logprobs = tells_logprobs
         self._parsers: dict[int, ToolCallParser] = {}
         self._started: set[int] = set()
         start = to_json(self._fields("chat.completion.chunk"))[:-1]
@@ -88,7 +97,7 @@ class ChatShape:
             {
                 "index": index,
                 "message": message,
-                "logprobs": chat_logprobs(choice.logprobs) if choice.logprobs else None,
+                "logprobs": chat_logprobs(choice.logprobs) if self._tells_logprobs else None,
                 "finish_reason": reason,
             }
             for index, choice in enumerate(choices)

@@ -47,7 +47,13 @@ async def create_completion(
     ask = replace(ask, turn=Turn(who.name, expects_json=body.expects_json))
     if source is not None:
         ask = replace(ask, grammar=await services.grammars.of(access.tenant.id).compile(source))
-    return await answer(request, services, access, ask, CompletionShape(ask.head, body.include_usage))
+    return await answer(
+        request,
+        services,
+        access,
+        ask,
+        CompletionShape(ask.head, body.include_usage, tells_logprobs=ask.logprobs is not None),
+    )
 
 
 def _understand(
@@ -84,8 +90,9 @@ def _tokens(prompt: str | list[int], services: Services) -> tuple[int, ...]:
 class CompletionShape:
     """Text completions; a stream's chunks and its end are of the same object type."""
 
-    def __init__(self, head: Head, include_usage: bool) -> None:
+    def __init__(self, head: Head, include_usage: bool, *, tells_logprobs: bool) -> None:
         self._head = head
+        self._tells_logprobs = tells_logprobs
         self._offsets: Counter[int] = Counter()
         start = to_json(self._fields())[:-1]
         self._before = f'data: {start},"choices":['
@@ -96,7 +103,7 @@ class CompletionShape:
             {
                 "index": index,
                 "text": choice.text,
-                "logprobs": legacy_logprobs(choice.logprobs) if choice.logprobs else None,
+                "logprobs": legacy_logprobs(choice.logprobs) if self._tells_logprobs else None,
                 "finish_reason": choice.finish_reason,
             }
             for index, choice in enumerate(choices)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +16,25 @@ from tests.service.control_fixtures import BASE
 from tests.service.real_service import ADAPTER, serve_real
 
 
+@contextmanager
+def own_temporary_directory() -> Iterator[None]:
+    """What lies in it was left by this process, not by tests that run beside it."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix="rootstock-hostile-") as name:
+        tempfile.tempdir = name
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
+
+
 @pytest.fixture(scope="session")
 def target(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     base = load_base_model(str(tiny_llama_dir), quantization="none", name="tiny")
     signature = replace(base.signature, fingerprint=BASE.fingerprint)  # as the tests' control plane calls it
     base = replace(base, fingerprint=BASE.fingerprint, signature=signature)
     directory = tmp_path_factory.mktemp("hostile")
-    with serve_real(base, directory) as service:
+    with own_temporary_directory(), serve_real(base, directory) as service:
         control = service.control
         names = {
             "file": control.upload(),

@@ -71,7 +71,7 @@ def _run(url: str, description: Path, key: str, chosen: Sequence[str], examples:
 
 def _num_cases(report: Path) -> int:
     counted = json.loads(report.read_text())
-    return int(counted["summary"]["test_cases"]["generated"])
+    return int(counted["test_cases"]["generated"])
 
 
 def main() -> int:

@@ -106,7 +106,7 @@ class Target:
                 if table.name != "completions"  # of honest requests, written when there is time
             }
         kept = (path for path in self.directory.rglob("*") if path.is_file() and ".db" not in path.name)
-        temporary = frozenset(name for name in os.listdir(tempfile.gettempdir()) if name.startswith("rootstock-"))
+        temporary = frozenset(os.listdir(tempfile.gettempdir()))
         return Remains(rows, frozenset(map(str, kept)), temporary, _num_descriptors())
 
     def _leaves_nothing(self, before: Remains) -> None:

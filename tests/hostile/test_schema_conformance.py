@@ -21,7 +21,7 @@ def test_generated_requests_are_answered_as_the_description_says(tmp_path: Path)
     with serve_fake(tmp_path) as served:
         found = tried(served, FEW, tuple(phase for phase in PHASES if phase != "coverage"))
     assert not found.failures, found.failures
-    assert found.num_cases > 100
+    assert found.num_cases > 50
 
 
 def test_every_failure_has_one_declared_shape_and_links_name_operations_that_exist(tmp_path: Path) -> None:

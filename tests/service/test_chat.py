@@ -163,6 +163,16 @@ def test_log_probabilities_carry_token_bytes_and_alternatives(shared_service: Se
     assert [other.token for other in first.top_logprobs] == ["Grüße", "other0"]
 
 
+def test_an_answer_without_a_token_has_an_empty_list_of_log_probabilities(served: Served) -> None:
+    """Broke: it was null, and who asked for a list could not read it."""
+    served.engine.pieces = ()
+    answer = served.client().chat.completions.create(model="tiny", messages=MESSAGES, logprobs=True)
+    assert answer.choices[0].logprobs is not None and answer.choices[0].logprobs.content == []
+    text = served.client().completions.create(model="tiny", prompt="hello", logprobs=1)
+    assert text.choices[0].logprobs is not None and text.choices[0].logprobs.tokens == []
+    assert served.client().chat.completions.create(model="tiny", messages=MESSAGES).choices[0].logprobs is None
+
+
 def test_streamed_log_probabilities_add_up_to_the_whole(shared_service: Served) -> None:
     stream = shared_service.client().chat.completions.create(
         model="tiny", messages=MESSAGES, logprobs=True, stream=True

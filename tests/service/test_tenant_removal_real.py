@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import threading
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,11 +41,11 @@ def examples(number: int) -> bytes:
 class Household:
     """One tenant of a running service."""
 
-    def __init__(self, running: Running, name: str) -> None:
+    def __init__(self, running: Running, name: str, clients: ExitStack) -> None:
         made = httpx.post(f"{running.url}/v1/admin/tenants", json={"name": name}, headers=admin()).raise_for_status()
         self.id, self.key = made.json()["id"], made.json()["api_key"]
         headers = {"authorization": f"Bearer {self.key}"}
-        self.http = httpx.Client(base_url=f"{running.url}/v1", headers=headers, timeout=60)
+        self.http = clients.enter_context(httpx.Client(base_url=f"{running.url}/v1", headers=headers, timeout=60))
         self.running = running
 
     def call(self, method: str, path: str, **request: Any) -> Any:
@@ -121,8 +123,8 @@ def test_a_tenant_that_uses_everything_is_deleted_while_it_is_answered_and_train
         "kv_cache_bytes": "32MiB",
         "resume_point_seconds": 0,
     }
-    with rootstock_serve(tiny_llama_dir, tmp_path, **settings) as running:
-        doomed, spared = Household(running, "doomed"), Household(running, "spared")
+    with rootstock_serve(tiny_llama_dir, tmp_path, **settings) as running, ExitStack() as clients:
+        doomed, spared = Household(running, "doomed", clients), Household(running, "spared", clients)
         spared.chat("base")
         use_everything(doomed)
         job = doomed.job(hyperparameters=LONG)
@@ -134,7 +136,7 @@ def test_a_tenant_that_uses_everything_is_deleted_while_it_is_answered_and_train
         assert any(MARKER in line for line in found_on_disk(tmp_path, [MARKER]))
 
         lines: list[str] = []
-        body = {"model": "best", "prompt": PROMPT, "max_tokens": 300, "stream": True, "ignore_eos": True}
+        body = {"model": "best", "prompt": PROMPT, "max_tokens": 250, "stream": True, "ignore_eos": True}
         began = threading.Event()
 
         def read() -> None:
@@ -155,7 +157,8 @@ def test_a_tenant_that_uses_everything_is_deleted_while_it_is_answered_and_train
 
         # its job notices at its next heartbeat; what it still wrote goes then
         log = tmp_path / "log"
-        running.wait_until(lambda: '"outcome": "lost"' in log.read_text())
+        ended = re.compile(f'"tuning.run_finished".*"{job}".*"outcome": "(lost|cancelled)"')
+        running.wait_until(lambda: bool(ended.search(log.read_text())))
         running.wait_until(lambda: not found_on_disk(storage, [MARKER, *ids]), 30)
         assert found_on_disk(tmp_path / "merged", [MARKER]) == [] and list((tmp_path / "merged").iterdir()) == []
         assert [path.name for path in (storage / "adapters" / "sha256").iterdir() if path.name[0] != "."] == []
@@ -174,7 +177,7 @@ def test_a_tenant_that_uses_everything_is_deleted_while_it_is_answered_and_train
         assert doomed.id not in metrics and not [digest for digest in digests if digest in metrics]
         assert spared.id in metrics
 
-        again = Household(running, "doomed")
+        again = Household(running, "doomed", clients)
         for route in ("files", "fine_tuning/jobs", "adapters", "aliases", "captures", "feedback", "merges", "drift"):
             assert again.call("GET", f"/{route}")["data"] == [], route
         assert [model["id"] for model in again.call("GET", "/models")["data"]] == ["base"]

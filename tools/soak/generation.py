@@ -94,10 +94,11 @@ async def left_stream(tenant: Tenant) -> None:
 
 async def left_answer(tenant: Tenant) -> None:
     """One that goes away before anything came."""
+    account = tenant.account
     model, _ = tenant.some_model()
     body = {"model": model, **_messages("another long story"), "max_tokens": 200, "ignore_eos": True, "n": 2}
     caller, start = tenant.shared.caller, time.monotonic()
-    tenant.shared.books.cut_short(tenant.account, MAX_PROMPT_TOKENS, 400)
+    tenant.shared.books.cut_short(account, MAX_PROMPT_TOKENS, 400)
     try:
         async with httpx.AsyncClient(base_url=caller.url, timeout=0.3, trust_env=False) as http:
             response = await http.post(CHAT, json=body, headers=_authorized(tenant))
@@ -109,6 +110,7 @@ async def left_answer(tenant: Tenant) -> None:
 
 
 async def embed(tenant: Tenant) -> None:
+    account = tenant.account
     inputs = tenant.rng.sample(PROMPTS, tenant.rng.randint(1, 4))
     model, _ = tenant.some_model()
     shared = tenant.shared
@@ -116,9 +118,9 @@ async def embed(tenant: Tenant) -> None:
         "embeddings", "POST", "/v1/embeddings", tenant.key, json={"model": model, "input": inputs}
     )
     if body is None:
-        shared.books.cut_short(tenant.account, MAX_PROMPT_TOKENS, 0)
+        shared.books.cut_short(account, MAX_PROMPT_TOKENS, 0)
         return
-    shared.books.told(tenant.account, body["usage"])
+    shared.books.told(account, body["usage"])
     vectors = [item["embedding"] for item in body["data"]]
     right = len(vectors) == len(inputs) and all(abs(math.hypot(*vector) - 1) < 1e-3 for vector in vectors)
     shared.caller.ledger.expect(right, "embeddings of length one", body["usage"])
@@ -126,6 +128,7 @@ async def embed(tenant: Tenant) -> None:
 
 async def official_client(tenant: Tenant) -> None:
     """OpenAI's own, which checks every answer against its types."""
+    account = tenant.account
     shared, start = tenant.shared, time.monotonic()
     model, _ = tenant.some_model()
     operation, streams = "openai client", tenant.rng.random() < 0.5
@@ -136,27 +139,32 @@ async def official_client(tenant: Tenant) -> None:
         http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
         _strict_response_validation=True,
     )
-    messages: Any = [{"role": "user", "content": "hello"}]
     usage: Any = None
     try:
-        if streams:
-            stream = await client.chat.completions.create(
-                model=model, messages=messages, max_tokens=8, stream=True, stream_options={"include_usage": True}
-            )
-            async for chunk in stream:
-                usage = chunk.usage or usage
-        else:
-            usage = (await client.chat.completions.create(model=model, messages=messages, max_tokens=8)).usage
+        async with client:
+            usage = await _usage_told(client, model, streams=streams)
     except openai.APIStatusError as error:
         await shared.caller.accept(operation, start, cast(httpx.Response, error.response))  # httpx2's, which is alike
     except (openai.APIError, httpx.TransportError) as error:
         await shared.caller.broken(operation, start, repr(error))
     if usage is None:
-        shared.books.cut_short(tenant.account, MAX_PROMPT_TOKENS, 8)
+        shared.books.cut_short(account, MAX_PROMPT_TOKENS, 8)
         return
     shared.caller.ledger.count(operation, "200")
     shared.caller.took(operation, start)
-    shared.books.told(tenant.account, usage.model_dump())
+    shared.books.told(account, usage.model_dump())
+
+
+async def _usage_told(client: openai.AsyncOpenAI, model: str, *, streams: bool) -> Any:
+    asked: Any = {"model": model, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
+    if not streams:
+        return (await client.chat.completions.create(**asked)).usage
+    usage = None
+    async for chunk in await client.chat.completions.create(
+        **asked, stream=True, stream_options={"include_usage": True}
+    ):
+        usage = chunk.usage or usage
+    return usage
 
 
 async def over_the_limits(tenant: Tenant) -> None:
@@ -187,16 +195,17 @@ class _Answer:
 
 
 async def _ask(tenant: Tenant, operation: str, path: str, prompt: dict[str, Any], **fields: Any) -> _Answer | None:
+    account = tenant.account
     shared = tenant.shared
     model, may_answer = tenant.some_model()
     most = fields["max_tokens"] * fields.get("n", 1) * _num_prompts(prompt)
     sent = {"model": model, **prompt, **fields}
     response = await shared.caller.send(operation, "POST", path, tenant.key, json=sent)
     if response is None:
-        shared.books.cut_short(tenant.account, MAX_PROMPT_TOKENS, most)
+        shared.books.cut_short(account, MAX_PROMPT_TOKENS, most)
         return None
     body = response.json()
-    shared.books.told(tenant.account, body["usage"])
+    shared.books.told(account, body["usage"])
     tenant.remember(body["id"])
     ledger = shared.caller.ledger
     ledger.expect(body.keys() == ANSWER_KEYS, "an answer has OpenAI's fields", body)
@@ -212,6 +221,7 @@ async def _ask(tenant: Tenant, operation: str, path: str, prompt: dict[str, Any]
 async def _stream(
     tenant: Tenant, operation: str, path: str, prompt: dict[str, Any], leave_after: int | None = None, **fields: Any
 ) -> _Answer | None:
+    account = tenant.account
     shared, start = tenant.shared, time.monotonic()
     model, may_answer = tenant.some_model()
     body = {"model": model, **prompt, **fields, "stream": True, "stream_options": {"include_usage": True}}
@@ -222,7 +232,7 @@ async def _stream(
             if response.status_code != 200:
                 await response.aread()
                 await shared.caller.accept(operation, start, response)
-                shared.books.cut_short(tenant.account, MAX_PROMPT_TOKENS, fields["max_tokens"])
+                shared.books.cut_short(account, MAX_PROMPT_TOKENS, fields["max_tokens"])
                 return None
             async for line in response.aiter_lines():
                 if line == "data: [DONE]":
@@ -237,15 +247,15 @@ async def _stream(
         events.append({"error": repr(error)})
     if leave_after is not None and not done and events and "error" not in events[-1]:
         shared.caller.ledger.count(operation, "left")
-        shared.books.cut_short(tenant.account, MAX_PROMPT_TOKENS, fields["max_tokens"])
+        shared.books.cut_short(account, MAX_PROMPT_TOKENS, fields["max_tokens"])
         return None
     if not done or any("error" in event for event in events):
         await shared.caller.broken(operation, start, json.dumps(events[-1:]))
-        shared.books.cut_short(tenant.account, MAX_PROMPT_TOKENS, fields["max_tokens"])
+        shared.books.cut_short(account, MAX_PROMPT_TOKENS, fields["max_tokens"])
         return None
     shared.caller.ledger.count(operation, "200")
     shared.caller.took(operation, start, first)
-    shared.books.told(tenant.account, events[-1]["usage"])
+    shared.books.told(account, events[-1]["usage"])
     tenant.remember(events[0]["id"])
     ledger = shared.caller.ledger
     ledger.expect(len({event["id"] for event in events}) == 1, "a stream is of one answer", events[:2])
