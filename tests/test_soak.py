@@ -168,7 +168,7 @@ def test_a_plan_kills_both_processes_and_never_the_engine_four_times_in_ten_minu
 @pytest.mark.timeout(400)
 def test_a_short_soak_finds_nothing_lost_wrong_or_leaked(tmp_path: Path) -> None:
     said: list[str] = []
-    outcome = asyncio.run(soak(Plan(minutes=0.25, num_tenants=10), said.append))
+    outcome = asyncio.run(soak(Plan(minutes=0.2, num_tenants=8), said.append))
     summary = outcome.summary()
     assert not outcome.ledger.violations, outcome.ledger.violations
     assert summary["kills"] == {Act.KILL_ENGINE: 2, Act.KILL_SERVICE: 1}

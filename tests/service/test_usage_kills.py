@@ -15,7 +15,7 @@ import pytest
 
 from tests.running_service import rootstock_serve
 
-NUM_KILLS = 3
+NUM_KILLS = 2
 NUM_CLIENTS = 4
 
 
