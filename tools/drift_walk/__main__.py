@@ -27,7 +27,7 @@ SHIFTING, STEADY, OTHER_DOMAIN = "harbour-bank", "lantern-hotels", "copper-kettl
 CORRECTED = "not a matter of the bank"
 NUM_CORRECTED = 24
 NUM_BEFORE_PAUSE = 8
-"""Prompts of each tenant without a pause: the watch lets at most 16 of a stream wait to be measured."""
+"""Prompts of each tenant without a pause: no more than the watch lets wait to be measured."""
 
 MAX_TOKENS = 16
 JOB_SECONDS, SETTLE_SECONDS = 400.0, 60.0
