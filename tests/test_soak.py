@@ -16,6 +16,7 @@ import pytest
 
 from tools.soak.books import Books
 from tools.soak.caller import Caller
+from tools.soak.lanes import Gate
 from tools.soak.ledger import Ledger
 from tools.soak.plan import Act, Plan
 from tools.soak.processes import children, is_alive, picture
@@ -162,6 +163,30 @@ def test_a_plan_kills_both_processes_and_never_the_engine_four_times_in_ten_minu
     for at, act in timeline:
         deaths = [] if act is Act.KILL_SERVICE else [*deaths, at] if act is Act.KILL_ENGINE else deaths
         assert sum(at - death < 600 for death in deaths) <= 3
+
+
+def test_a_gate_that_was_open_for_a_moment_lets_nobody_through() -> None:
+    """Broke: a key was rotated under a request that was to be alone, and the books seemed to miss it."""
+
+    async def tried() -> int:
+        gate, begun = Gate(), 0
+
+        async def operation() -> None:
+            nonlocal begun
+            begun += 1
+
+        waiting = asyncio.create_task(gate.run(operation))
+        await asyncio.sleep(0)
+        gate.open()
+        gate.close()
+        await gate.idle()
+        await asyncio.sleep(0.01)
+        found = begun
+        gate.open()
+        await waiting
+        return found * 10 + begun
+
+    assert asyncio.run(tried()) == 1
 
 
 @pytest.mark.slow

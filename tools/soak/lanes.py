@@ -72,7 +72,8 @@ class Gate:
             await asyncio.sleep(0.05)
 
     async def run(self, operation: Callable[[], Awaitable[None]]) -> None:
-        await self._open.wait()
+        while not self._open.is_set():  # it may have been closed again before who waited is resumed
+            await self._open.wait()
         if self.ended:
             return
         self._num_busy += 1
