@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ def own_temporary_directory() -> Iterator[None]:
     """What lies in it was left by this process, not by tests that run beside it."""
     before = tempfile.tempdir
     with tempfile.TemporaryDirectory(prefix="rootstock-hostile-") as name:
+        os.chmod(name, 0o755)  # a Postgres that later tests start runs as somebody else
         tempfile.tempdir = name
         try:
             yield
