@@ -197,6 +197,6 @@ def test_a_short_soak_finds_nothing_lost_wrong_or_leaked(tmp_path: Path) -> None
     summary = outcome.summary()
     assert not outcome.ledger.violations, outcome.ledger.violations
     assert summary["kills"] == {Act.KILL_ENGINE: 2, Act.KILL_SERVICE: 1}
-    assert outcome.accounts["exact"] > 10 and outcome.books.num_told > 50
+    assert outcome.accounts["exact"] > 5 and outcome.books.num_told > 50
     assert outcome.flood is not None and outcome.flood.num_refused > 0
     assert SPARE_THREADS < 64 and json.dumps(summary)

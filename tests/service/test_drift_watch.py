@@ -13,6 +13,7 @@ import sqlalchemy as sa
 import structlog
 
 from service.database import Database, connect
+from service.drift import MAX_PROBES_OF_A_STREAM
 from service.drift_events import DriftEvent
 from service.drift_intake import MAX_WAITING_OF_A_STREAM, Turn
 from service.drift_states import SIGNALS, DriftState
@@ -308,7 +309,7 @@ def test_a_flood_is_dropped_and_counted_and_never_waited_for(light: Control, ope
 def test_while_others_are_served_prompts_wait_and_answers_are_watched(light: Control, opened: Opens) -> None:
     engine = ProbedEngine(num_running=5, on_probe=lambda request: time.sleep(0.05))
     one = opened(engine=engine)
-    for number in range(40):
+    for number in range(MAX_PROBES_OF_A_STREAM + 16):
         one.answer(light.acme.id, number, text=REFUSED)
         time.sleep(0.002)
     wait_until(lambda: state_of(one, light.acme.id, "refusal") is DriftState.DRIFT)
@@ -316,7 +317,7 @@ def test_while_others_are_served_prompts_wait_and_answers_are_watched(light: Con
     assert len(engine.probes) <= 1
     engine.num_running, engine.on_probe = 0, lambda request: None
     one.settle()
-    assert one.observer.ended["measured"] >= 16
+    assert one.observer.ended["measured"] >= MAX_PROBES_OF_A_STREAM
 
 
 def test_a_probe_that_fails_is_counted_and_says_nothing(light: Control, opened: Opens) -> None:
